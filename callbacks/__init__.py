@@ -1,0 +1,30 @@
+"""What looks on while a run goes: Lightning callbacks for a client, round callbacks for the federation.
+
+The classes are imported when they are first asked for, so `import callbacks` costs nothing and needs neither
+Lightning nor Weights & Biases.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from callbacks.hyperparameters import HyperparameterLogger
+    from callbacks.metrics_file import MetricsFile
+    from callbacks.progress import RoundProgress
+    from callbacks.wandb_rounds import WandbRounds, start_wandb
+
+__all__ = ["HyperparameterLogger", "MetricsFile", "RoundProgress", "WandbRounds", "start_wandb"]
+
+_MODULES = {
+    "HyperparameterLogger": "hyperparameters",
+    "MetricsFile": "metrics_file",
+    "RoundProgress": "progress",
+    "WandbRounds": "wandb_rounds",
+    "start_wandb": "wandb_rounds",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'callbacks' has no attribute '{name}'")
+    return getattr(import_module(f"callbacks.{_MODULES[name]}"), name)

@@ -1,0 +1,228 @@
+"""Batch norm that mixes pretrained and client statistics by beta (Eq. 1 and 2 of the FedL2P paper).
+
+The layers are written in plain arithmetic, and a forward pass in training mode replaces the running statistics by new
+tensors instead of writing into the old ones. So `torch.func.functional_call` makes them pure functions, and gradients,
+Jacobian-vector products of gradients and `torch.vmap` all pass through them.
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fedl2p.errors import ModelError
+
+
+class MixedBatchNorm(nn.Module):
+    """A batch norm whose statistics are `(1 - beta) * pretrained + beta * client` (Eq. 2).
+
+    In training mode the client's part is the batch mean and the biased batch variance, and the running statistics
+    follow with `momentum` (and the unbiased variance). In evaluation mode the client's part is the running statistics.
+
+    Attributes:
+        weight: gamma, shape (J,), or None without affine parameters.
+        bias: delta, shape (J,), or None without affine parameters.
+        running_mean: the client's running mean, shape (J,).
+        running_var: the client's running variance, shape (J,).
+        pretrained_mean: the pretrained model's running mean, shape (J,).
+        pretrained_var: the pretrained model's running variance, shape (J,).
+        beta: 0-d, how far to trust the client's statistics; 0 is the pretrained model.
+        num_batches_tracked: 0-d, kept only where `momentum` is None (a cumulative average).
+        layer_name: the layer's name in its model, for error messages.
+        differentiable_statistics: whether gradients flow into the new running statistics. Off in ordinary use, where
+            the graphs of all steps would pile up; a `FunctionalModel` turns it on while it runs.
+    """
+
+    dims: tuple[int, ...] = ()
+    running_mean: Tensor
+    running_var: Tensor
+    pretrained_mean: Tensor
+    pretrained_var: Tensor
+    beta: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(self, source: _BatchNorm, *, layer_name: str = "") -> None:
+        """Takes over a plain batch-norm layer: its parameters (copied), statistics, eps and momentum.
+
+        Args:
+            source: a `BatchNorm1d`, `2d` or `3d` with running statistics.
+            layer_name: the layer's name in its model.
+        """
+        super().__init__()
+        if source.running_mean is None or source.running_var is None:
+            raise ModelError(
+                f"Batch-norm layer '{layer_name}' keeps no running statistics, so there is nothing to mix the client's "
+                "with; build the model with track_running_stats=True."
+            )
+        self.num_features = source.num_features
+        self.eps = source.eps
+        self.momentum = source.momentum
+        self.layer_name = layer_name
+        self.differentiable_statistics = False
+        self.weight = copy.deepcopy(source.weight)
+        self.bias = copy.deepcopy(source.bias)
+        self.register_buffer("running_mean", source.running_mean.detach().clone())
+        self.register_buffer("running_var", source.running_var.detach().clone())
+        self.register_buffer("pretrained_mean", source.running_mean.detach().clone())
+        self.register_buffer("pretrained_var", source.running_var.detach().clone())
+        self.register_buffer("beta", torch.zeros_like(source.running_mean[0]))
+        if self.momentum is None:
+            assert source.num_batches_tracked is not None
+            self.register_buffer("num_batches_tracked", source.num_batches_tracked.detach().clone())
+        self.train(source.training)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Normalizes `inputs`.
+
+        Args:
+            inputs: shape (N, J, ...), of as many dimensions as the layer's kind takes.
+
+        Returns:
+            A tensor of the same shape.
+
+        Raises:
+            ModelError: the shape does not fit, or in training mode a channel has one value only.
+        """
+        if inputs.dim() not in self.dims or inputs.shape[1] != self.num_features:
+            raise ModelError(
+                f"Batch-norm layer '{self.layer_name}' takes (N, {self.num_features}, ...) with "
+                f"{' or '.join(map(str, self.dims))} dimensions, but got the shape {tuple(inputs.shape)}."
+            )
+        if not inputs.is_floating_point():
+            raise ModelError(
+                f"Batch-norm layer '{self.layer_name}' takes floating-point inputs, but got {inputs.dtype}."
+            )
+        shape = (1, -1) + (1,) * (inputs.dim() - 2)
+        if self.training:
+            # Centred inputs serve the variance and the normalization: two passes, without cancellation.
+            mean = inputs.to(self.running_mean.dtype).mean(self._reduced(inputs))
+            inputs = inputs - mean.to(inputs.dtype).view(shape)
+            var = self._follow(mean, inputs)
+            offset = (1 - self.beta) * (mean - self.pretrained_mean)
+        else:
+            var = self.running_var
+            offset = -self.pretrained_mean - self.beta * (self.running_mean - self.pretrained_mean)
+        var = self.pretrained_var + self.beta * (var - self.pretrained_var)
+        scale = torch.rsqrt(torch.add(var, self.eps))
+        if self.weight is not None:
+            scale = scale * self.weight
+        shift = offset * scale
+        if self.bias is not None:
+            shift = shift + self.bias
+        return inputs * scale.to(inputs.dtype).view(shape) + shift.to(inputs.dtype).view(shape)
+
+    def _reduced(self, inputs: Tensor) -> list[int]:
+        return [0, *range(2, inputs.dim())]
+
+    def _follow(self, mean: Tensor, centred: Tensor) -> Tensor:
+        """The biased batch variance (J,); as a side result the running statistics become new tensors."""
+        values = centred.numel() // self.num_features
+        if values < 2:
+            raise ModelError(
+                f"Batch-norm layer '{self.layer_name}' got one value a channel (input shape {tuple(centred.shape)}), "
+                "from which no variance can be computed; use batches of at least two samples."
+            )
+        var = centred.to(self.running_var.dtype).square().mean(self._reduced(centred))
+        if self.differentiable_statistics:
+            self._move_running(mean, var, values)
+        else:
+            self._move_running(mean.detach(), var.detach(), values)
+        return var
+
+    def _move_running(self, mean: Tensor, var: Tensor, values: int) -> None:
+        unbias = values / (values - 1)
+        if self.momentum is None:
+            self.num_batches_tracked = self.num_batches_tracked + 1
+            rate = 1.0 / self.num_batches_tracked.to(mean.dtype)
+            self.running_mean = torch.lerp(self.running_mean, mean, rate)
+            self.running_var = torch.lerp(self.running_var, unbias * var, rate)
+        else:
+            # Scaled additions, since forward-mode differentiation is slow at products of a tensor and a number.
+            self.running_mean = torch.lerp(self.running_mean, mean, self.momentum)
+            step = torch.sub(var, self.running_var, alpha=1 / unbias)
+            self.running_var = torch.add(self.running_var, step, alpha=self.momentum * unbias)
+
+    def extra_repr(self) -> str:
+        """The layer's settings, as `print(model)` shows them."""
+        affine = self.weight is not None
+        return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={affine}"
+
+
+class MixedBatchNorm1d(MixedBatchNorm):
+    """`MixedBatchNorm` for inputs of shape (N, J) or (N, J, L)."""
+
+    dims = (2, 3)
+
+
+class MixedBatchNorm2d(MixedBatchNorm):
+    """`MixedBatchNorm` for inputs of shape (N, J, H, W)."""
+
+    dims = (4,)
+
+
+class MixedBatchNorm3d(MixedBatchNorm):
+    """`MixedBatchNorm` for inputs of shape (N, J, D, H, W)."""
+
+    dims = (5,)
+
+
+_MIXED: dict[type[nn.Module], type[MixedBatchNorm]] = {
+    nn.BatchNorm1d: MixedBatchNorm1d,
+    nn.BatchNorm2d: MixedBatchNorm2d,
+    nn.BatchNorm3d: MixedBatchNorm3d,
+}
+
+
+def convert_batchnorm(model: nn.Module) -> nn.Module:
+    """Returns a copy of `model` in which every batch norm is a `MixedBatchNorm` with beta 0.
+
+    The copy predicts what `model` predicts in evaluation mode. A module that stands in several places stands in the
+    same places of the copy, converted once. Models without batch norm are copied as they are.
+
+    Args:
+        model: any module with `BatchNorm1d`, `2d` or `3d` at any depth. It is not changed.
+
+    Returns:
+        The converted copy.
+
+    Raises:
+        ModelError: a batch-norm layer cannot be mixed (a subclass with behaviour of its own, no running statistics),
+            or two layers share one parameter tensor, which then could not have a learning rate for each.
+    """
+    _refuse_shared_parameters(model)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    # A copy that knows the new layers beforehand puts them in every place, lists of the model's own included.
+    memo = {id(layer): _convert_layer(layer, name) for name, layer in layers.items()}
+    return copy.deepcopy(model, memo)
+
+
+def _convert_layer(layer: _BatchNorm, name: str) -> MixedBatchNorm:
+    if type(layer) not in _MIXED:
+        raise ModelError(
+            f"Batch-norm layer '{name}' is a {type(layer).__name__}; only BatchNorm1d, BatchNorm2d and BatchNorm3d "
+            "themselves can be mixed, since a subclass may behave otherwise."
+        )
+    kinds = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    if any(kinds) or hasattr(layer, "parametrizations"):
+        raise ModelError(
+            f"Batch-norm layer '{name}' carries hooks or parametrizations, which a conversion would lose; remove them."
+        )
+    return _MIXED[type(layer)](layer, layer_name=name)
+
+
+def _refuse_shared_parameters(model: nn.Module) -> None:
+    owners: dict[Tensor, str] = {}
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(prefix=module_name, recurse=False):
+            if parameter in owners:
+                raise ModelError(
+                    f"Parameters '{owners[parameter]}' and '{name}' are one tensor; each needs a tensor and a learning "
+                    "rate of its own."
+                )
+            owners[parameter] = name
+
+
+def batchnorm_names(model: nn.Module) -> tuple[str, ...]:
+    """Names of the B mixed batch-norm layers in definition order: the order of xi and beta."""
+    return tuple(name for name, module in model.named_modules() if isinstance(module, MixedBatchNorm))

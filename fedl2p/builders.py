@@ -1,0 +1,168 @@
+"""From the configuration to objects: the only place, beside the command line, that knows its keys."""
+
+import importlib
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from datamodules.federated import FederatedDataModule
+from fedl2p.batchnorm import convert_batchnorm
+from fedl2p.config import ComponentConfig, Config
+from fedl2p.errors import ConfigError, DataError, ModelError
+from fedl2p.federation.runtime import ClientRuntime, quiet_trainer
+from fedl2p.hypergradients import ESTIMATORS, HypergradientEstimator
+from fedl2p.meta_nets import MetaNets
+from fedl2p.seeding import derive_seed
+
+
+def import_class(path: str, key: str) -> type:
+    """Imports `package.module.Class`.
+
+    Args:
+        path: the import path; any module that Python finds, also outside this project.
+        key: the configuration key, for the error.
+
+    Raises:
+        ConfigError: there is no such module or class.
+    """
+    module_name, _, name = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module_name), name) if module_name else None
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{key} '{path}' cannot be imported: {error}.") from error
+    if not isinstance(found, type):
+        raise ConfigError(f"{key} is '{path}'; allowed is the import path of a class, such as package.module.Class.")
+    return found
+
+
+def instantiate(component: ComponentConfig, key: str, *, kind: type) -> Any:
+    """Makes an object from a class path and its arguments, which are plain keyword arguments.
+
+    Raises:
+        ConfigError: not such a class, an unknown or missing argument, or a value that the class refuses.
+    """
+    found = import_class(component.class_path, f"{key}.class_path")
+    if not issubclass(found, kind):
+        raise ConfigError(f"{key}.class_path is '{component.class_path}'; allowed is a subclass of {kind.__name__}.")
+    return call(found, component.init_args, f"{key}.init_args")
+
+
+def call(function: Any, arguments: dict[str, Any], key: str) -> Any:
+    """Calls with keyword arguments from the configuration; what it refuses becomes a ConfigError that names the key."""
+    parameters = inspect.signature(function).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    unknown = [name for name in arguments if name not in parameters]
+    if unknown and not takes_any:
+        raise ConfigError(f"Unknown key '{key}.{unknown[0]}'; known there are {', '.join(parameters)}.")
+    try:
+        return function(**arguments)
+    except (ConfigError, DataError, ModelError, TypeError, ValueError) as error:
+        raise ConfigError(f"{key}: {error}") from error
+
+
+def build_data(config: Config) -> FederatedDataModule:
+    """The federation's data, set up.
+
+    Raises:
+        ConfigError: the class or its arguments are wrong, or the data cannot be split as asked.
+    """
+    data: FederatedDataModule = instantiate(config.data, "data", kind=FederatedDataModule)
+    try:
+        data.prepare_data()
+        data.setup()
+        seen = len(data.pool("seen"))
+    except DataError as error:
+        raise ConfigError(f"data.init_args: {error}") from error
+    if config.pretraining.weights is None and config.pretraining.rounds and not data.pool("pretrain"):
+        raise ConfigError(
+            "The data have no clients in the pool 'pretrain'; give pretraining.weights a file, or set "
+            "pretraining.rounds to 0 where the model brings its own weights."
+        )
+    if config.federation.client_fraction * seen < 0.5:
+        raise ConfigError(
+            f"federation.client_fraction is {config.federation.client_fraction}, less than one of {seen} seen clients; "
+            f"allowed is {1 / seen:.3g} or more."
+        )
+    return data
+
+
+def build_model(config: Config) -> nn.Module:
+    """The global model before pretraining, its initial weights from the seed.
+
+    Raises:
+        ConfigError: the class or its arguments are wrong, or its batch norms cannot be mixed.
+    """
+    torch.manual_seed(derive_seed(config.seed, "model"))
+    model: nn.Module = instantiate(config.model, "model", kind=nn.Module)
+    try:
+        convert_batchnorm(model)
+    except ModelError as error:
+        raise ConfigError(f"model: {error}") from error
+    return model
+
+
+def build_estimator(config: Config) -> HypergradientEstimator:
+    """The estimator of the hypergradient.
+
+    Raises:
+        ConfigError: unknown arguments, or values that it refuses.
+    """
+    estimator = ESTIMATORS[config.hypergradient.name]
+    found: HypergradientEstimator = call(estimator, config.hypergradient.init_args, "hypergradient.init_args")
+    return found
+
+
+def check_trainer(config: Config) -> None:
+    """Refuses keys and values that the Lightning Trainer does not take.
+
+    Raises:
+        ConfigError: naming `trainer.<key>`.
+    """
+    call(lambda **arguments: quiet_trainer(arguments), _known_trainer_keys(config.trainer), "trainer")
+
+
+def _known_trainer_keys(arguments: dict[str, Any]) -> dict[str, Any]:
+    import lightning as L
+
+    known = inspect.signature(L.Trainer.__init__).parameters
+    unknown = [name for name in arguments if name not in known]
+    if unknown:
+        raise ConfigError(f"Unknown key 'trainer.{unknown[0]}'; known there are the arguments of lightning.Trainer.")
+    return arguments
+
+
+def build_runtime(config: Config, data: FederatedDataModule, model: nn.Module, *, base_lr: float) -> ClientRuntime:
+    """The clients' side, with new nets.
+
+    Args:
+        config: of the run.
+        data: set up.
+        model: theta_g, pretrained, not converted.
+        base_lr: initial eta~.
+    """
+    converted = convert_batchnorm(model)
+    torch.manual_seed(derive_seed(config.seed, "meta_nets"))
+    meta_nets = MetaNets(
+        converted,
+        base_lr=base_lr,
+        initialization=config.meta_nets.initialization,  # type: ignore[arg-type]  # checked by config.check
+        log_divergence=config.meta_nets.log_divergence,
+        initial_beta=config.meta_nets.initial_beta,
+    )
+    return ClientRuntime(
+        data,
+        converted,
+        meta_nets,
+        estimator=build_estimator(config),
+        meta_iterations=config.client.meta_iterations,
+        finetune_epochs=config.client.finetune_epochs,
+        meta_lr=dict(vars(config.client.meta_lr)),
+        clip_value=config.client.clip_value,
+        running_start=config.client.running_start,  # type: ignore[arg-type]  # checked by config.check
+        evaluation_statistics=config.client.evaluation_statistics,  # type: ignore[arg-type]  # likewise
+        cohort_size=config.federation.cohort_size,
+        seed=config.seed,
+        trainer=config.trainer,
+    )

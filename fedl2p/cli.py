@@ -1,0 +1,85 @@
+"""The command line. Everything heavy is imported after the arguments and the configuration are known to be right."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from fedl2p import __version__
+from fedl2p.errors import ConfigError, FedL2PError, RunFolderError
+
+if TYPE_CHECKING:
+    from fedl2p.config import Config
+
+RUN_HELP = """\
+Runs the whole main job: theta_g by FedAvg on the pretrain pool, the fine-tuning baselines with tuned learning rates,
+the rounds of FedL2P, L2P, and the test of every method on seen and unseen clients.
+
+The configuration is read from left to right, and later ones win:
+
+  fedl2p run configs/digits.yaml
+  fedl2p run configs/digits.yaml seed=7 output_dir=runs/seven federation.rounds=20
+  fedl2p run configs/digits.yaml mine.yaml data.class_path=my_package.MyData 'data.init_args={path: /data}'
+  fedl2p run configs/digits.yaml output_dir=runs/seven seed=7 --resume
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The commands and their options."""
+    parser = argparse.ArgumentParser(
+        prog="fedl2p",
+        description="Federated learning to personalize: clients learn together how each should fine-tune.",
+    )
+    parser.add_argument("--version", action="version", version=f"fedl2p {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    run = commands.add_parser(
+        "run",
+        help="run an experiment from a configuration file",
+        description=RUN_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    run.add_argument("config", nargs="+", metavar="CONFIG|key=value", help="YAML files and overrides, later ones win")
+    run.add_argument("--resume", action="store_true", help="go on with the interrupted run in output_dir")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        arguments: of the command line, without the program's name; None takes them from the process.
+
+    Returns:
+        0, 1 after an error while running, 2 after an error in what was asked, 130 after an interruption.
+    """
+    options = make_parser().parse_args(arguments)
+    from fedl2p.config import load_config
+
+    try:
+        config = load_config(options.config)
+        return run(config, resume=options.resume)
+    except (ConfigError, RunFolderError) as error:
+        return _complain(error, 2)
+    except FedL2PError as error:
+        return _complain(error, 1)
+    except KeyboardInterrupt:
+        print("\nInterrupted; add --resume and the same output_dir to go on.", file=sys.stderr)
+        return 130
+
+
+def run(config: "Config", *, resume: bool = False) -> int:
+    """`fedl2p run`."""
+    print("Loading ...", file=sys.stderr)
+    from fedl2p.main_job import run_and_report
+
+    run_and_report(config, resume=resume)
+    return 0
+
+
+def _complain(error: Exception, code: int) -> int:
+    print(f"fedl2p: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

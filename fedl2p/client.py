@@ -1,0 +1,327 @@
+"""A client as a LightningModule: `Trainer.fit` learns the nets on its data, `Trainer.test` personalizes and tests.
+
+Both are thin around the pure functions of `meta_step`, so the same numbers come out with a plain Trainer, inside a
+Flower app, or in a cohort.
+"""
+
+from collections.abc import Callable, Iterable
+from itertools import islice
+from typing import Any, cast
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric
+from torchmetrics.classification import MulticlassAccuracy
+
+from fedl2p.batchnorm import MixedBatchNorm, convert_batchnorm
+from fedl2p.errors import ConfigError, DataError
+from fedl2p.finetune import (
+    Batch,
+    EvaluationStatistics,
+    FunctionalModel,
+    InnerState,
+    LossFunction,
+    RunningStart,
+    initial_running,
+    trained_names,
+)
+from fedl2p.hypergradients import HypergradientEstimator, Unrolled
+from fedl2p.meta_nets import Hyperparameters, MetaNets
+from fedl2p.meta_step import (
+    META_LR,
+    ClientInputs,
+    MetaStep,
+    evaluate,
+    meta_optimizer,
+    meta_step,
+    personalize,
+)
+from fedl2p.statistics import ClientStatistics, collect_statistics
+
+Recipe = Callable[[ClientStatistics], Hyperparameters]
+Limit = int | float | None
+
+
+def limited(loader: Iterable[Batch], limit: Limit = None) -> list[Batch]:
+    """One pass over a loader, cut as Lightning's `limit_*_batches` cut it.
+
+    Args:
+        loader: of (inputs, targets).
+        limit: None or 1.0 for all batches, an int for so many, a fraction below 1 for that part of them.
+    """
+    if limit is None or (isinstance(limit, float) and limit == 1.0):
+        return list(loader)
+    count = limit if isinstance(limit, int) else int(len(cast(Any, loader)) * limit)
+    return list(islice(loader, count))
+
+
+def inner_batches(loader: Iterable[Batch], epochs: int, limit: Limit = None) -> list[Batch]:
+    """The batches of the inner loop, one a step: e passes over the training loader, which shuffles each time."""
+    return [batch for _ in range(epochs) for batch in limited(loader, limit)]
+
+
+class FedL2PClient(L.LightningModule):
+    """One client of Algorithm 1.
+
+    `Trainer.fit(client, datamodule=...)` runs K meta iterations with manual optimization. A meta iteration is one
+    training step of Lightning; the batches that the Trainer hands over only give the beat, since an iteration makes
+    `finetune_epochs` passes of its own over the training data. `Trainer.test(client, datamodule=...)` (and `validate`)
+    fine-tunes on the training data first and then measures.
+
+    Any LightningDataModule with train and val (or test) loaders of (inputs, targets) will do. Where it has a
+    `statistics_dataloader`, the training data without augmentation, statistics are collected from that.
+
+    Attributes:
+        model: theta_g, converted, frozen.
+        meta_nets: lambda, what is trained.
+        statistics: the client's, once they are collected.
+        hyperparameters: the recipe last used.
+        personalized: the fine-tuned state, after a test or validation.
+        skipped_steps: meta iterations that were not finite and changed nothing.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        num_classes: int,
+        meta_nets: MetaNets | None = None,
+        base_lr: float = 1e-2,
+        recipe: Recipe | None = None,
+        estimator: HypergradientEstimator | None = None,
+        meta_iterations: int = 3,
+        finetune_epochs: int = 15,
+        meta_lr: dict[str, float] | None = None,
+        clip_value: float = 1.0,
+        running_start: RunningStart = "measured",
+        evaluation_statistics: EvaluationStatistics = "running",
+        loss_fn: LossFunction = nn.functional.cross_entropy,
+        statistics: ClientStatistics | None = None,
+    ) -> None:
+        """Sets a client up.
+
+        Args:
+            model: theta_g: any module; batch norms are converted (in a copy) unless they already are.
+            num_classes: of the classification task, for the accuracy.
+            meta_nets: lambda to start from; None makes new nets that fit `model`.
+            base_lr: initial eta~ of new nets.
+            recipe: chooses the hyperparameters in testing; None asks the nets.
+            estimator: of the hypergradient; None is `Unrolled()`, which descends (docs/hypergradients.md).
+            meta_iterations: K, at least 1.
+            finetune_epochs: e, at least 0.
+            meta_lr: zeta for `bn_net`, `lr_net` and `base_lr`; None is `META_LR`.
+            clip_value: the hypergradient is clipped to [-clip_value, clip_value] entry by entry.
+            running_start: see `initial_running`.
+            evaluation_statistics: what the validation and test losses are taken with: the client's `running`
+                statistics, or those of the whole set as one `batch`.
+            loss_fn: (outputs, targets) -> mean loss.
+            statistics: of this client, if they were collected before.
+
+        Raises:
+            ConfigError: a value outside those.
+            ModelError: the model cannot be converted.
+        """
+        super().__init__()
+        if meta_iterations < 1 or finetune_epochs < 0 or clip_value <= 0:
+            raise ConfigError(
+                f"meta_iterations is {meta_iterations}, finetune_epochs {finetune_epochs} and clip_value {clip_value}; "
+                "allowed are at least 1, at least 0, and above 0."
+            )
+        if evaluation_statistics not in ("running", "batch"):
+            raise ConfigError(f"evaluation_statistics is '{evaluation_statistics}'; allowed are 'running' and 'batch'.")
+        self.automatic_optimization = False
+        converted = any(isinstance(module, MixedBatchNorm) for module in model.modules())
+        self.model = (model if converted else convert_batchnorm(model)).requires_grad_(False)
+        self.meta_nets = meta_nets if meta_nets is not None else MetaNets(self.model, base_lr=base_lr)
+        self.functional = FunctionalModel.of(self.model, loss_fn)
+        self.recipe = recipe
+        self.estimator = estimator if estimator is not None else Unrolled()
+        self.meta_iterations = meta_iterations
+        self.finetune_epochs = finetune_epochs
+        self.meta_lr = dict(META_LR if meta_lr is None else meta_lr)
+        self.clip_value = clip_value
+        self.running_start = running_start
+        self.evaluation_statistics: EvaluationStatistics = evaluation_statistics
+        self.statistics = statistics
+        self.hyperparameters: Hyperparameters | None = None
+        self.personalized: InnerState | None = None
+        self.skipped_steps = 0
+        self.val_losses: list[float] = []
+        self.metrics = nn.ModuleDict(
+            {
+                f"{stage}_{name}": metric
+                for stage in ("val", "test")
+                for name, metric in (("loss", MeanMetric()), ("acc", MulticlassAccuracy(num_classes, average="micro")))
+            }
+        )
+        self._held: list[Batch] = []
+        # One loader through a fit, so that each iteration shuffles anew.
+        self._train_loader: Iterable[Batch] | None = None
+        self._max_epochs: int | None = None
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """SGD in three parameter groups, see `meta_optimizer`."""
+        return meta_optimizer(dict(self.meta_nets.named_parameters()), self.meta_lr)
+
+    def setup(self, stage: str) -> None:
+        """Prepares the training data too where Lightning asks for validation or testing only."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if stage in ("validate", "test") and datamodule is not None:
+            datamodule.setup("fit")
+        self._train_loader = None
+        if stage == "fit":
+            # The K iterations may need several passes over the loader, so epochs must not end the fit.
+            self._max_epochs = self.trainer.fit_loop.max_epochs
+            if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+                self.trainer.fit_loop.max_epochs = -1
+
+    def teardown(self, stage: str) -> None:
+        """Gives the Trainer its epochs back."""
+        if stage == "fit":
+            self.trainer.fit_loop.max_epochs = self._max_epochs
+
+    def on_fit_start(self) -> None:
+        """Collects the statistics, once."""
+        self.val_losses, self.skipped_steps = [], 0
+        self._collect()
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        """One meta iteration: recipe, fine-tuning, hypergradient, step of the nets (lines 9 and 10 of Algorithm 1)."""
+        optimizer = self.optimizers()
+        parameters = dict(self.meta_nets.named_parameters())
+        step = self.meta_gradient({name: p.detach() for name, p in parameters.items()})
+        self.val_losses.append(float(step.val_loss))
+        self.hyperparameters = step.hyperparameters
+        if bool(step.finite):
+            for name, parameter in parameters.items():
+                parameter.grad = step.gradients[name]
+            cast(torch.optim.Optimizer, optimizer).step()
+        else:
+            self.skipped_steps += 1
+        self.log("meta_val_loss", step.val_loss, prog_bar=True, batch_size=1)
+        self.log("skipped_steps", float(self.skipped_steps), batch_size=1)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Ends the fit after K iterations."""
+        if len(self.val_losses) >= self.meta_iterations:
+            self.trainer.should_stop = True
+
+    def meta_gradient(self, lambda_: dict[str, Tensor]) -> MetaStep:
+        """The hypergradient of `lambda_` on this client's data, see `meta_step`."""
+        statistics = self._collect()
+        client = ClientInputs(
+            bn_divergence=statistics.bn_divergence,
+            layer_moments=statistics.layer_moments,
+            running=self._running(statistics),
+            train_batches=self._train_batches(),
+            val_batches=self._to_device(limited(self._loader("val"), self.trainer.limit_val_batches or None)),
+        )
+        origin = InnerState(*self.functional.tensors())
+        return meta_step(
+            self.functional,
+            self.meta_nets,
+            self.estimator,
+            origin,
+            lambda_,
+            client,
+            clip_value=self.clip_value,
+            statistics=self.evaluation_statistics,
+        )
+
+    def personalize(self) -> InnerState:
+        """Statistics, hyperparameters, fine-tuning: the personalized state, which testing then uses."""
+        statistics = self._collect()
+        chosen = self.meta_nets.recipe(statistics) if self.recipe is None else self.recipe(statistics)
+        parameters, buffers = self.functional.tensors()
+        start = InnerState(parameters, {**buffers, **self._running(statistics)})
+        trained = trained_names(self.functional, chosen.eta)
+        self.hyperparameters = chosen
+        self.personalized = personalize(self.functional, start, self._train_batches(), chosen, trained).final
+        return self.personalized
+
+    def on_validation_epoch_start(self) -> None:
+        """Personalizes first."""
+        self._start_evaluation()
+
+    def on_test_epoch_start(self) -> None:
+        """Personalizes first."""
+        self._start_evaluation()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Measures the personalized model on a validation batch."""
+        self._measure([batch], "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Measures the personalized model on a test batch."""
+        self._measure([batch], "test")
+
+    def on_validation_epoch_end(self) -> None:
+        """Measures what had to wait for the whole set."""
+        self._measure_held("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Measures what had to wait for the whole set."""
+        self._measure_held("test")
+
+    def _start_evaluation(self) -> None:
+        self._held, self._train_loader = [], None
+        self.personalize()
+
+    def _measure(self, batches: list[Batch], stage: str, *, whole_set: bool = False) -> None:
+        if self.evaluation_statistics == "batch" and not whole_set:
+            self._held += batches
+            return
+        assert self.personalized is not None and self.hyperparameters is not None
+        outputs, loss = evaluate(
+            self.functional,
+            self.personalized,
+            self.hyperparameters.beta,
+            batches,
+            statistics=self.evaluation_statistics,
+        )
+        targets = torch.cat([y for _, y in batches])
+        values: dict[str, tuple[Any, ...]] = {"loss": (loss, len(targets)), "acc": (outputs, targets)}
+        for name, arguments in values.items():
+            metric = cast(Metric, self.metrics[f"{stage}_{name}"])
+            metric.update(*arguments)
+            self.log(f"{stage}_{name}", metric, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(targets))
+
+    def _measure_held(self, stage: str) -> None:
+        if self._held:
+            held, self._held = self._held, []
+            self._measure(held, stage, whole_set=True)
+
+    def _collect(self) -> ClientStatistics:
+        if self.statistics is None:
+            datamodule = getattr(self.trainer, "datamodule", None)
+            loader = getattr(datamodule, "statistics_dataloader", None)
+            data = loader() if loader is not None else self._loader("train")
+            self.statistics = collect_statistics(self.model, self._to_device(list(data)))
+        return self.statistics
+
+    def _running(self, statistics: ClientStatistics) -> dict[str, Tensor]:
+        return initial_running(self.functional, self.functional.tensors()[1], statistics, start=self.running_start)
+
+    def _train_batches(self) -> list[Batch]:
+        if self._train_loader is None:
+            self._train_loader = self._loader("train")
+        batches = inner_batches(self._train_loader, self.finetune_epochs, self.trainer.limit_train_batches)
+        return self._to_device(batches)
+
+    def _loader(self, kind: str) -> Iterable[Batch]:
+        """A fresh loader of the DataModule, since the Trainer may be in the middle of its own."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if datamodule is not None:
+            return getattr(datamodule, f"{kind}_dataloader")()
+        given = self.trainer.train_dataloader if kind == "train" else self.trainer.val_dataloaders
+        if given is None:
+            raise DataError(
+                f"The client needs its {kind} data, but the Trainer has no loader for them; pass a DataModule "
+                "(datamodule=...) with train_dataloader and val_dataloader."
+            )
+        return given
+
+    def _to_device(self, batches: Iterable[Batch]) -> list[Batch]:
+        strategy, precision = self.trainer.strategy, self.trainer.precision_plugin
+        return [cast(Batch, tuple(precision.convert_input(strategy.batch_to_device(list(b))))) for b in batches]

@@ -1,0 +1,264 @@
+"""The configuration: a typed schema, files and overrides, and one clear line for whatever is wrong in it.
+
+Nothing heavy is imported here: a typo is reported before torch is loaded.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fedl2p.errors import ConfigError
+
+
+@dataclass
+class ComponentConfig:
+    """A class by its import path, and its keyword arguments."""
+
+    class_path: str = "???"
+    init_args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class PretrainingConfig:
+    """How theta_g is made: FedAvg on the pretrain pool, or weights from a file."""
+
+    weights: str | None = None
+    rounds: int = 40
+    epochs: int = 1
+    lr: float = 0.1
+    momentum: float = 0.9
+
+
+@dataclass
+class MetaLearningRates:
+    """zeta, a rate for each part of lambda."""
+
+    bn_net: float = 1e-3
+    lr_net: float = 1e-3
+    base_lr: float = 1e-4
+
+
+@dataclass
+class ClientConfig:
+    """The client's side of Algorithm 1."""
+
+    finetune_epochs: int = 15
+    meta_iterations: int = 3
+    meta_lr: MetaLearningRates = field(default_factory=MetaLearningRates)
+    clip_value: float = 1.0
+    running_start: str = "measured"
+    evaluation_statistics: str = "running"
+
+
+@dataclass
+class HypergradientConfig:
+    """The estimator and its arguments."""
+
+    name: str = "unrolled"
+    init_args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class MetaNetsConfig:
+    """How the nets are built; a base_lr of null is the best rate of FT (BN C, G, I)."""
+
+    base_lr: float | None = None
+    initialization: str = "responsive"
+    log_divergence: bool = True
+    standardize: bool = True
+    initial_beta: float = 0.5
+
+
+@dataclass
+class FederationConfig:
+    """The rounds."""
+
+    rounds: int = 100
+    client_fraction: float = 0.1
+    patience: int = 100
+    engine: str = "local"
+    cohort_size: int = 64
+    validation_fraction: float = 1.0
+    min_reply_fraction: float = 0.5
+    meta_lr_decay: str = "none"
+
+
+@dataclass
+class BaselinesConfig:
+    """Which baselines run, and where the search for their rates starts."""
+
+    rates: list[float] = field(default_factory=lambda: [0.01, 0.03, 0.1, 0.3])
+    l2p: bool = True
+    shuffled: bool = True
+
+
+@dataclass
+class WandbConfig:
+    """The W&B run; a mode of null is online where somebody is logged in and offline elsewhere."""
+
+    enabled: bool = True
+    project: str = "fedl2p"
+    name: str | None = None
+    mode: str | None = None
+
+
+@dataclass
+class Config:
+    """Everything that a run needs."""
+
+    seed: int = 0
+    output_dir: str = "???"
+    data: ComponentConfig = field(default_factory=ComponentConfig)
+    model: ComponentConfig = field(default_factory=ComponentConfig)
+    pretraining: PretrainingConfig = field(default_factory=PretrainingConfig)
+    client: ClientConfig = field(default_factory=ClientConfig)
+    hypergradient: HypergradientConfig = field(default_factory=HypergradientConfig)
+    meta_nets: MetaNetsConfig = field(default_factory=MetaNetsConfig)
+    federation: FederationConfig = field(default_factory=FederationConfig)
+    baselines: BaselinesConfig = field(default_factory=BaselinesConfig)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+
+def load_config(arguments: Sequence[str]) -> Config:
+    """Reads files and overrides in order; later ones win.
+
+    Args:
+        arguments: paths of YAML files, and `key=value` pairs.
+
+    Returns:
+        The resolved, checked configuration.
+
+    Raises:
+        ConfigError: a file cannot be read, a key is unknown, a value has the wrong type or is impossible.
+    """
+    OmegaConf.register_resolver("now", lambda form: datetime.now().strftime(form), use_cache=True, replace=True)
+    if not any("=" not in argument for argument in arguments):
+        raise ConfigError("No configuration file is given; name one, for example configs/digits.yaml.")
+    merged = OmegaConf.structured(Config)
+    for argument in arguments:
+        part = _override(argument) if "=" in argument else _file(argument)
+        try:
+            merged = OmegaConf.merge(merged, part)
+        except OmegaConfBaseException as error:
+            raise ConfigError(_explain(error, argument)) from None
+    return check(_resolved(merged))
+
+
+def _file(path: str) -> DictConfig:
+    try:
+        content = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise ConfigError(f"The configuration file '{path}' does not exist.") from None
+    except Exception as error:  # YAML's errors have no common base in OmegaConf's interface
+        raise ConfigError(f"The configuration file '{path}' is not valid YAML: {_one_line(error)}") from None
+    if not isinstance(content, DictConfig):
+        raise ConfigError(f"The configuration file '{path}' must hold keys and values, not a list.")
+    return content
+
+
+def _override(argument: str) -> DictConfig:
+    try:
+        return OmegaConf.from_dotlist([argument])
+    except Exception as error:
+        raise ConfigError(f"The override '{argument}' cannot be read: {_one_line(error)}") from None
+
+
+def _resolved(merged: Any) -> Config:
+    try:
+        OmegaConf.resolve(merged)
+        missing = sorted(OmegaConf.missing_keys(merged))
+        if missing:
+            raise ConfigError(f"The key '{missing[0]}' has no value; set it in the file or as {missing[0]}=...")
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_explain(error, "the configuration")) from None
+    assert isinstance(config, Config)
+    return config
+
+
+def _explain(error: OmegaConfBaseException, source: str) -> str:
+    """One line that names the key, where it stands, and what would be allowed."""
+    key = getattr(error, "full_key", None) or getattr(error, "key", None) or "?"
+    message = _one_line(error)
+    if "not in" in message or "Key" in type(error).__name__ or "Attribute" in type(error).__name__:
+        known = ", ".join(_siblings(str(key)))
+        return f"Unknown key '{key}' in {source}; known there are {known}."
+    return f"The key '{key}' in {source} has a value of the wrong type: {message}"
+
+
+def _siblings(key: str) -> list[str]:
+    node: Any = OmegaConf.structured(Config)
+    for part in key.split(".")[:-1]:
+        node = node[part] if isinstance(node, DictConfig) and part in node else OmegaConf.structured(Config)
+    return sorted(str(name) for name in node)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split("full_key:")[0].split())
+
+
+def check(config: Config) -> Config:
+    """Refuses impossible values.
+
+    Raises:
+        ConfigError: naming the key, the value, and what is allowed.
+    """
+
+    def require(condition: bool, key: str, value: Any, allowed: str) -> None:
+        if not condition:
+            raise ConfigError(f"{key} is {value!r}; allowed is {allowed}.")
+
+    def at_least(key: str, value: float, low: float) -> None:
+        require(math.isfinite(value) and value >= low, key, value, f"{low:g} or more")
+
+    def fraction(key: str, value: float) -> None:
+        require(0 < value <= 1, key, value, "above 0 and at most 1")
+
+    def one_of(key: str, value: Any, allowed: Sequence[Any]) -> None:
+        require(value in allowed, key, value, " or ".join(repr(a) for a in allowed))
+
+    at_least("seed", config.seed, 0)
+    federation, client, pretraining = config.federation, config.client, config.pretraining
+    at_least("federation.rounds", federation.rounds, 0)
+    at_least("federation.patience", federation.patience, 1)
+    at_least("federation.cohort_size", federation.cohort_size, 1)
+    fraction("federation.client_fraction", federation.client_fraction)
+    fraction("federation.validation_fraction", federation.validation_fraction)
+    fraction("federation.min_reply_fraction", federation.min_reply_fraction)
+    one_of("federation.engine", federation.engine, ["local"])
+    one_of("federation.meta_lr_decay", federation.meta_lr_decay, ["none", "cosine"])
+    at_least("client.finetune_epochs", client.finetune_epochs, 1)
+    at_least("client.meta_iterations", client.meta_iterations, 1)
+    require(client.clip_value > 0, "client.clip_value", client.clip_value, "above 0")
+    one_of("client.running_start", client.running_start, ["measured", "zero_one"])
+    one_of("client.evaluation_statistics", client.evaluation_statistics, ["running", "batch"])
+    for group, rate in vars(client.meta_lr).items():
+        at_least(f"client.meta_lr.{group}", rate, 0)
+    one_of("hypergradient.name", config.hypergradient.name, ["unrolled", "fomaml", "ift"])
+    one_of("meta_nets.initialization", config.meta_nets.initialization, ["paper", "responsive"])
+    beta, base_lr = config.meta_nets.initial_beta, config.meta_nets.base_lr
+    require(0 <= beta <= 1, "meta_nets.initial_beta", beta, "0 to 1")
+    require(base_lr is None or math.isfinite(base_lr), "meta_nets.base_lr", base_lr, "a finite number or null")
+    at_least("pretraining.rounds", pretraining.rounds, 0)
+    at_least("pretraining.epochs", pretraining.epochs, 1)
+    require(pretraining.lr > 0, "pretraining.lr", pretraining.lr, "above 0")
+    require(0 <= pretraining.momentum < 1, "pretraining.momentum", pretraining.momentum, "from 0 to below 1")
+    weights = pretraining.weights
+    require(weights is None or Path(weights).is_file(), "pretraining.weights", weights, "an existing file, or null")
+    rates = config.baselines.rates
+    positive = len(set(rates)) >= 2 and min(rates) > 0 and math.isfinite(max(rates))
+    require(positive, "baselines.rates", rates, "two or more different positive rates")
+    one_of("wandb.mode", config.wandb.mode, [None, "online", "offline", "disabled"])
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """The configuration as YAML, resolved."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))

@@ -1,0 +1,94 @@
+"""Checkpoints of the rounds: one file, written atomically, loaded without unpickling."""
+
+import json
+import os
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from fedl2p.errors import RunFolderError
+from fedl2p.federation.rounds import MetaState, RoundRecord
+from fedl2p.finetune import Tensors
+
+FILE_NAME = "rounds.safetensors"
+
+
+def save_state(folder: Path, state: MetaState) -> None:
+    """Writes the state; a crash leaves the file as it was before.
+
+    Args:
+        folder: is made if it is not there.
+        state: what to keep.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {f"lambda/{name}": t.contiguous() for name, t in state.lambda_.items()}
+    tensors |= {f"best/{name}": t.contiguous() for name, t in state.best_lambda.items()}
+    numbers = {
+        "best_loss": state.best_loss,
+        "best_round": state.best_round,
+        "history": [vars(record) for record in state.history],
+    }
+    write_tensors(folder / FILE_NAME, tensors, {"state": json.dumps(numbers)})
+
+
+def write_tensors(path: Path, tensors: Tensors, metadata: dict[str, str]) -> None:
+    """Writes a safetensors file atomically."""
+    temporary = path.with_name(path.name + ".tmp")
+    # safetensors refuses tensors that share memory, as the current and the best lambda may.
+    save_file({name: t.detach().cpu().clone() for name, t in tensors.items()}, temporary, metadata)
+    os.replace(temporary, path)
+
+
+def load_tensors(path: Path) -> Tensors:
+    """The tensors of a safetensors file.
+
+    Raises:
+        RunFolderError: the file is damaged.
+    """
+    return _read(path)[0]
+
+
+def load_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file.
+
+    Raises:
+        RunFolderError: the file is damaged.
+    """
+    return _read(path)[1]
+
+
+def _read(path: Path) -> tuple[Tensors, dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as archive:
+            tensors = {key: archive.get_tensor(key) for key in archive.keys()}  # noqa: SIM118 (not a dict)
+            return tensors, archive.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise RunFolderError(
+            f"The file {path} is damaged or no safetensors file ({error}); delete or replace it."
+        ) from error
+
+
+def load_state(folder: Path) -> MetaState | None:
+    """The state in `folder`, or None if there is none.
+
+    Raises:
+        RunFolderError: the file is damaged.
+    """
+    path = folder / FILE_NAME
+    if not path.exists():
+        return None
+    tensors, metadata = _read(path)
+    parts: dict[str, Tensors] = {"lambda": {}, "best": {}}
+    for key, tensor in tensors.items():
+        part, _, name = key.partition("/")
+        parts[part][name] = tensor
+    numbers = json.loads(metadata["state"])
+    history = [RoundRecord(**{**r, "clients": tuple(r["clients"])}) for r in numbers["history"]]
+    return MetaState(
+        lambda_=parts["lambda"],
+        best_lambda=parts["best"],
+        best_loss=numbers["best_loss"],
+        best_round=numbers["best_round"],
+        history=history,
+    )

@@ -1,0 +1,75 @@
+"""What travels: names of messages and records, and tensors as Flower's arrays and back."""
+
+from typing import Any
+
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from torch import Tensor
+
+from fedl2p.errors import FederationError
+from fedl2p.finetune import Tensors
+
+# Message types "<category>.<action>" select the handler of the ClientApp.
+DESCRIBE = "query.describe"
+PRETRAIN = "train.pretrain"
+META_TRAIN = "train.meta"
+META_EVALUATE = "evaluate.meta"
+
+ARRAYS = "arrays"
+CONFIG = "config"
+METRICS = "metrics"
+NUM_SAMPLES = "num-samples"
+
+
+def to_arrays(tensors: Tensors) -> ArrayRecord:
+    """Tensors by name as an ArrayRecord, in order."""
+    return ArrayRecord({name: Array(tensor.detach().cpu().numpy()) for name, tensor in tensors.items()})
+
+
+def from_arrays(arrays: ArrayRecord, like: Tensors) -> Tensors:
+    """The tensors of an ArrayRecord, in the names, order, types and shapes of `like`.
+
+    Raises:
+        FederationError: a name or a shape differs.
+    """
+    if set(arrays) != set(like):
+        missing = sorted(set(like) - set(arrays))[:3]
+        raise FederationError(f"A message holds other tensors than expected; missing are {missing or 'none'}.")
+    result: Tensors = {}
+    for name, reference in like.items():
+        # from_numpy keeps 0-d shapes; the copy owns its memory, which a message's buffer does not let go.
+        tensor = torch.from_numpy(arrays[name].numpy().copy())
+        if tensor.shape != reference.shape:
+            raise FederationError(
+                f"Tensor '{name}' of a message has the shape {tuple(tensor.shape)}, expected {tuple(reference.shape)}."
+            )
+        result[name] = tensor.to(reference.dtype)
+    return result
+
+
+def reply(message: Message, *, arrays: Tensors | None = None, metrics: dict[str, Any] | None = None) -> Message:
+    """A reply with tensors and numbers."""
+    content = RecordDict()
+    if arrays is not None:
+        content[ARRAYS] = to_arrays(arrays)
+    content[METRICS] = MetricRecord(metrics or {})
+    return Message(content, reply_to=message)
+
+
+def instruction(kind: str, node_id: int, *, arrays: Tensors | None = None, config: dict[str, Any]) -> Message:
+    """A message to a node: a kind, tensors, and the values that the handler reads."""
+    content = RecordDict({CONFIG: ConfigRecord(config)})
+    if arrays is not None:
+        content[ARRAYS] = to_arrays(arrays)
+    return Message(content, dst_node_id=node_id, message_type=kind)
+
+
+def weighted_mean(parts: list[tuple[float, Tensors]]) -> Tensors:
+    """The mean of tensors by name with the given weights, summed in float64 in the given order; types are kept."""
+    total = sum(weight for weight, _ in parts)
+    mean: dict[str, Tensor] = {}
+    for name, reference in parts[0][1].items():
+        value = sum(weight / total * tensors[name].double() for weight, tensors in parts)
+        assert isinstance(value, Tensor)
+        mean[name] = value.round().to(reference.dtype) if not reference.is_floating_point() else value.to(reference)
+    return mean

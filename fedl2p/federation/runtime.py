@@ -1,0 +1,231 @@
+"""What a client process knows and does: its data, the global model, and Algorithm 1's client side."""
+
+import logging
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+from torch import nn
+
+from fedl2p.client import FedL2PClient, Limit, inner_batches, limited
+from fedl2p.cohort import ClientTask, CohortRunner, Evaluation, MetaUpdate
+from fedl2p.finetune import EvaluationStatistics, FunctionalModel, RunningStart, Tensors
+from fedl2p.hypergradients import HypergradientEstimator
+from fedl2p.meta_nets import Hyperparameters, MetaNets
+from fedl2p.meta_step import META_LR
+from fedl2p.seeding import derive_seed
+from fedl2p.statistics import ClientStatistics, collect_statistics
+
+if TYPE_CHECKING:
+    from datamodules.federated import FederatedDataModule
+
+
+class ClientRuntime:
+    """Runs clients of one federation on one global model; statistics are collected once a client and kept.
+
+    Attributes:
+        data: the clients' data.
+        model: theta_g as a function.
+        meta_nets: the structure of the nets, with the standardization of their inputs.
+        runner: passes clients through the core in cohorts.
+    """
+
+    def __init__(
+        self,
+        data: "FederatedDataModule",
+        model: nn.Module,
+        meta_nets: MetaNets,
+        *,
+        estimator: HypergradientEstimator,
+        meta_iterations: int = 3,
+        finetune_epochs: int = 15,
+        meta_lr: dict[str, float] | None = None,
+        clip_value: float = 1.0,
+        running_start: RunningStart = "measured",
+        evaluation_statistics: EvaluationStatistics = "running",
+        cohort_size: int = 64,
+        seed: int = 0,
+        trainer: dict[str, Any] | None = None,
+    ) -> None:
+        """Sets the clients up.
+
+        Args:
+            data: the clients' data.
+            model: theta_g, from `convert_batchnorm`.
+            meta_nets: fitting `model`.
+            estimator: of the hypergradient.
+            meta_iterations: K.
+            finetune_epochs: e.
+            meta_lr: zeta by group, see `meta_optimizer`.
+            clip_value: of the hypergradient.
+            running_start: see `initial_running`.
+            evaluation_statistics: of FedL2P's validation and testing, see `evaluation_loss`.
+            cohort_size: the most clients in one vmapped call; 1 runs each client through `Trainer.fit`.
+            seed: of the run; batch orders follow from it, the round and the client.
+            trainer: arguments of the Lightning Trainer.
+        """
+        self.data = data
+        self.model = FunctionalModel.of(model.requires_grad_(False))
+        self.meta_nets = meta_nets
+        self.estimator = estimator
+        self.meta_iterations = meta_iterations
+        self.finetune_epochs = finetune_epochs
+        self.meta_lr = dict(META_LR if meta_lr is None else meta_lr)
+        self.clip_value = clip_value
+        self.running_start: RunningStart = running_start
+        self.evaluation_statistics: EvaluationStatistics = evaluation_statistics
+        self.cohort_size = cohort_size
+        self.seed = seed
+        self.trainer_arguments = dict(trainer or {})
+        self.runner = CohortRunner(self.model, cohort_size=cohort_size, running_start=running_start)
+        self._statistics: dict[int, ClientStatistics] = {}
+        self._tasks: dict[int, ClientTask] = {}
+
+    def statistics(self, client_id: int) -> ClientStatistics:
+        """A client's statistics, collected at the first call."""
+        if client_id not in self._statistics:
+            loader = self.data.client(client_id).statistics_dataloader()
+            self._statistics[client_id] = collect_statistics(self.model.module, loader)
+        return self._statistics[client_id]
+
+    def lambda_(self) -> Tensors:
+        """The nets' own parameters, detached copies by name."""
+        return {name: p.detach().clone() for name, p in self.meta_nets.named_parameters()}
+
+    def recipe(self, lambda_: Tensors, client_id: int) -> Hyperparameters:
+        """What `lambda_` answers for a client (Eq. 4)."""
+        statistics = self.statistics(client_id)
+        with torch.no_grad():
+            inputs = (statistics.bn_divergence, statistics.layer_moments)
+            return torch.func.functional_call(self.meta_nets, lambda_, inputs)
+
+    def meta_tasks(self, client_id: int, phase: str, round_number: int) -> list[ClientTask]:
+        """The client's K meta iterations of a round: the same data in new orders that follow from the seed."""
+        client = self.data.client(client_id, seed=derive_seed(self.seed, phase, round_number, client_id))
+        loader = client.train_dataloader()
+        val = limited(client.val_dataloader(), self._limit("val") or None)
+        statistics = self.statistics(client_id)
+        return [
+            ClientTask(statistics, inner_batches(loader, self.finetune_epochs, self._limit("train")), val, [])
+            for _ in range(self.meta_iterations)
+        ]
+
+    def personal_task(self, client_id: int) -> ClientTask:
+        """The client's personalization, in one fixed order of batches, so that recipes are compared on equal terms."""
+        if client_id not in self._tasks:
+            client = self.data.client(client_id, seed=derive_seed(self.seed, "personalize", client_id))
+            self._tasks[client_id] = ClientTask(
+                self.statistics(client_id),
+                inner_batches(client.train_dataloader(), self.finetune_epochs, self._limit("train")),
+                limited(client.val_dataloader(), self._limit("val") or None),
+                limited(client.test_dataloader(), self._limit("test")),
+            )
+        return self._tasks[client_id]
+
+    def meta_update(
+        self,
+        lambdas: Sequence[Tensors],
+        client_ids: Sequence[int],
+        round_number: int,
+        *,
+        phase: str = "meta",
+        meta_lr_scale: float = 1.0,
+    ) -> list[MetaUpdate]:
+        """Lines 6 to 11 of Algorithm 1 for several clients, each from its own lambda.
+
+        Args:
+            lambdas: one a client.
+            client_ids: whose data.
+            round_number: of which the batch orders follow.
+            phase: another word gives other orders (L2P's, say).
+            meta_lr_scale: multiplies the meta learning rates.
+
+        Returns:
+            One update a client, in order.
+        """
+        torch.manual_seed(derive_seed(self.seed, phase, round_number, *client_ids))
+        meta_lr = {group: rate * meta_lr_scale for group, rate in self.meta_lr.items()}
+        if self.cohort_size == 1:
+            return [
+                self._fit(lambda_, client_id, derive_seed(self.seed, phase, round_number, client_id), meta_lr)
+                for lambda_, client_id in zip(lambdas, client_ids, strict=True)
+            ]
+        tasks = [self.meta_tasks(client_id, phase, round_number) for client_id in client_ids]
+        return self.runner.meta_update(
+            self.meta_nets,
+            self.estimator,
+            lambdas,
+            list(zip(*tasks, strict=True)),
+            meta_lr=meta_lr,
+            clip_value=self.clip_value,
+            statistics=self.evaluation_statistics,
+        )
+
+    def evaluate(
+        self,
+        recipes: Sequence[Hyperparameters],
+        client_ids: Sequence[int],
+        *,
+        parts: Sequence[str] = ("val",),
+        statistics: EvaluationStatistics | None = None,
+        finetune: bool = True,
+    ) -> list[dict[str, Evaluation]]:
+        """Personalizes clients and measures them, see `CohortRunner.evaluate`; `statistics` None is FedL2P's."""
+        statistics = statistics or self.evaluation_statistics
+        torch.manual_seed(derive_seed(self.seed, "evaluate", *client_ids))
+        tasks = [self.personal_task(client_id) for client_id in client_ids]
+        return self.runner.evaluate(tasks, recipes, parts=parts, statistics=statistics, finetune=finetune)
+
+    def _fit(self, lambda_: Tensors, client_id: int, seed: int, meta_lr: dict[str, float]) -> MetaUpdate:
+        """One client as a LightningModule in a Trainer."""
+        nets = self.meta_nets
+        before = self.lambda_()
+        nets.load_state_dict(lambda_, strict=False)
+        client = FedL2PClient(
+            self.model.module,
+            num_classes=self.data.num_classes,
+            meta_nets=nets,
+            estimator=self.estimator,
+            meta_iterations=self.meta_iterations,
+            finetune_epochs=self.finetune_epochs,
+            meta_lr=meta_lr,
+            clip_value=self.clip_value,
+            running_start=self.running_start,
+            evaluation_statistics=self.evaluation_statistics,
+            loss_fn=self.model.loss_fn,
+            statistics=self.statistics(client_id),
+        )
+        data = self.data.client(client_id, seed=seed)
+        try:
+            quiet_trainer(self.trainer_arguments).fit(client, datamodule=data)
+            after = self.lambda_()
+        finally:
+            nets.load_state_dict(before, strict=False)
+        assert client.hyperparameters is not None
+        recipe = Hyperparameters(*(t.detach() for t in client.hyperparameters))
+        return MetaUpdate(after, torch.tensor(client.val_losses), client.skipped_steps, recipe)
+
+    def _limit(self, part: str) -> Limit:
+        return self.trainer_arguments.get(f"limit_{part}_batches")
+
+
+def quiet_trainer(arguments: dict[str, Any]) -> L.Trainer:
+    """A Trainer for one client of many: no bar, no logger, no files, and no word about it on the terminal.
+
+    Args:
+        arguments: of the Trainer; they win over the quiet defaults.
+    """
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    # Lightning's own use of a class that torch has deprecated.
+    warnings.filterwarnings("ignore", ".*LeafSpec.*", category=FutureWarning)
+    defaults: dict[str, Any] = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+    }
+    return L.Trainer(**(defaults | arguments))

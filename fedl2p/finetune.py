@@ -1,0 +1,280 @@
+"""The inner loop: fine-tuning as functions of (parameters, buffers, batches, hyperparameters) that return new ones.
+
+Nothing here holds state or changes a tensor that the caller holds, so one function serves one client or, under
+`torch.vmap`, a cohort of clients.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value
+
+from fedl2p.batchnorm import MixedBatchNorm, batchnorm_names
+from fedl2p.errors import ConfigError, ModelError
+from fedl2p.statistics import ClientStatistics
+
+Tensors = dict[str, Tensor]
+Batch = tuple[Tensor, Tensor]
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+RunningStart = Literal["measured", "zero_one"]
+EvaluationStatistics = Literal["running", "batch"]
+
+
+@dataclass(frozen=True, eq=False)
+class FunctionalModel:
+    """A converted model as a pure function of its tensors, and the loss it is trained with.
+
+    Attributes:
+        module: a model from `convert_batchnorm`; only its structure is used, and its training mode is left as the last
+            call needed it.
+        loss_fn: (outputs, targets) -> mean loss over the batch, 0-d.
+        batchnorm_names: the B mixed layers, in the order of beta.
+        parameter_names: the P parameter tensors, in the order of eta.
+    """
+
+    module: nn.Module
+    loss_fn: LossFunction
+    batchnorm_names: tuple[str, ...]
+    parameter_names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, module: nn.Module, loss_fn: LossFunction = nn.functional.cross_entropy) -> "FunctionalModel":
+        """Wraps a model from `convert_batchnorm`."""
+        names = tuple(name for name, _ in module.named_parameters())
+        return cls(module, loss_fn, batchnorm_names(module), names)
+
+    @cached_property
+    def _layers(self) -> tuple[MixedBatchNorm, ...]:
+        return tuple(layer for layer in self.module.modules() if isinstance(layer, MixedBatchNorm))
+
+    def tensors(self) -> tuple[Tensors, Tensors]:
+        """The module's own parameters and buffers (theta_g and its statistics), detached, not copied."""
+        parameters = {name: p.detach() for name, p in self.module.named_parameters()}
+        return parameters, {name: b.detach() for name, b in self.module.named_buffers()}
+
+    def __call__(
+        self,
+        parameters: Tensors,
+        buffers: Tensors,
+        beta: Tensor,
+        inputs: Tensor,
+        *,
+        training: bool,
+        batch_statistics: bool | None = None,
+    ) -> tuple[Tensor, Tensors]:
+        """Runs the model.
+
+        Args:
+            parameters: every parameter, by name.
+            buffers: every buffer, by name; those of beta are replaced.
+            beta: shape (B,).
+            inputs: a batch.
+            training: training mode (batch statistics, dropout) or evaluation mode (running statistics).
+            batch_statistics: whether the mixed batch norms take batch statistics; None follows `training`.
+
+        Returns:
+            The outputs, and the buffers afterwards (new tensors where the pass changed them).
+        """
+        self.module.train(training)
+        for layer in self._layers:
+            layer.differentiable_statistics = True
+            if batch_statistics is not None:
+                layer.train(batch_statistics)
+        betas = {f"{name}.beta": value for name, value in zip(self.batchnorm_names, beta.unbind(-1), strict=True)}
+        # Other layers (a tracking instance norm, say) write into their buffers, which are the caller's.
+        kept = {name: b.clone() if training and not self._mixed(name) else b for name, b in buffers.items()}
+        state = {**parameters, **kept, **betas}
+        # Modules may stand in several places, but no two share a tensor (convert_batchnorm), so nothing is tied.
+        try:
+            outputs = functional_call(self.module, state, (inputs,), tie_weights=False)
+        finally:
+            for layer in self._layers:
+                layer.differentiable_statistics = False
+        return outputs, {name: state[name] for name in buffers}
+
+    def _mixed(self, buffer_name: str) -> bool:
+        return buffer_name.rpartition(".")[0] in self.batchnorm_names
+
+    def loss(
+        self, parameters: Tensors, buffers: Tensors, beta: Tensor, batch: Batch, *, training: bool
+    ) -> tuple[Tensor, Tensors]:
+        """The mean loss over a batch, and the buffers afterwards; arguments as in `__call__`."""
+        inputs, targets = batch
+        outputs, buffers = self(parameters, buffers, beta, inputs, training=training)
+        return self.loss_fn(outputs, targets), buffers
+
+
+class InnerState(NamedTuple):
+    """Where fine-tuning stands: theta_i and the buffers (with the client's running statistics), by name."""
+
+    parameters: Tensors
+    buffers: Tensors
+
+
+class FineTuned(NamedTuple):
+    """What fine-tuning gives.
+
+    Attributes:
+        final: the state after the last step.
+        history: the states before each of the last steps, as many as were asked for, oldest first.
+        losses: the training loss before each step, shape (steps,).
+    """
+
+    final: InnerState
+    history: tuple[InnerState, ...]
+    losses: Tensor
+
+
+def initial_running(
+    model: FunctionalModel, buffers: Tensors, statistics: ClientStatistics, *, start: RunningStart = "measured"
+) -> Tensors:
+    """The running statistics that a client's fine-tuning starts from.
+
+    Args:
+        model: the model.
+        buffers: the global model's buffers.
+        statistics: the client's.
+        start: `measured`: those of the client's training data in the pretrained model (exact where beta is 0, near
+            elsewhere). `zero_one`: mean 0 and variance 1, as in the authors' code.
+
+    Returns:
+        The buffers that take the place of the global model's, by name.
+
+    Raises:
+        ConfigError: an unknown `start`.
+        ModelError: the statistics are of another model.
+    """
+    if start not in ("measured", "zero_one"):
+        raise ConfigError(f"The running statistics cannot start at '{start}'; allowed are 'measured' and 'zero_one'.")
+    if tuple(statistics.channel_mean) != model.batchnorm_names:
+        raise ModelError("The statistics were collected with another model: their batch-norm layers differ.")
+    result: Tensors = {}
+    for name in model.batchnorm_names:
+        mean, var = buffers[f"{name}.running_mean"], buffers[f"{name}.running_var"]
+        if start == "measured":
+            result[f"{name}.running_mean"] = statistics.channel_mean[name].to(mean)
+            result[f"{name}.running_var"] = statistics.channel_var[name].to(var)
+        else:
+            result[f"{name}.running_mean"] = torch.zeros_like(mean)
+            result[f"{name}.running_var"] = torch.ones_like(var)
+            if f"{name}.num_batches_tracked" in buffers:
+                result[f"{name}.num_batches_tracked"] = torch.zeros_like(buffers[f"{name}.num_batches_tracked"])
+    return result
+
+
+def inner_step(
+    model: FunctionalModel, state: InnerState, batch: Batch, beta: Tensor, rates: Tensors
+) -> tuple[InnerState, Tensor]:
+    """One SGD step with a rate for each tensor; theta - eta * gradient.
+
+    Args:
+        model: the model.
+        state: where to start.
+        batch: inputs and targets.
+        beta: shape (B,).
+        rates: 0-d rates by parameter name; a parameter without one is left alone and costs no gradient.
+
+    Returns:
+        The new state, and the training loss before the step.
+    """
+    frozen = {name: p for name, p in state.parameters.items() if name not in rates}
+
+    def loss(trained: Tensors) -> tuple[Tensor, Tensors]:
+        return model.loss({**frozen, **trained}, state.buffers, beta, batch, training=True)
+
+    trained = {name: state.parameters[name] for name in rates}
+    if trained:
+        gradients, (value, buffers) = grad_and_value(loss, has_aux=True)(trained)
+    else:
+        gradients, (value, buffers) = {}, loss(trained)
+    moved = {name: trained[name] - rates[name] * gradients[name] for name in trained}
+    # The model's own order of parameters is kept.
+    return InnerState({name: moved.get(name, p) for name, p in state.parameters.items()}, buffers), value
+
+
+def trained_names(model: FunctionalModel, eta: Tensor) -> tuple[str, ...]:
+    """Names of the tensors that fine-tuning moves: eta is not exactly 0, for any client of a cohort.
+
+    Args:
+        model: the model.
+        eta: shape (P,) or (clients, P); its values are read, so call this outside `torch.vmap`.
+    """
+    moves = (eta != 0).reshape(-1, eta.shape[-1]).any(0).tolist()
+    return tuple(name for name, moved in zip(model.parameter_names, moves, strict=True) if moved)
+
+
+def finetune(
+    model: FunctionalModel,
+    state: InnerState,
+    batches: Sequence[Batch],
+    beta: Tensor,
+    eta: Tensor,
+    *,
+    history: int = 0,
+    trained: Sequence[str] | None = None,
+) -> FineTuned:
+    """The inner loop (line 9 of Algorithm 1): one SGD step a batch; no graph is kept.
+
+    Args:
+        model: the model.
+        state: theta_g, with the client's `initial_running` among the buffers.
+        batches: one a step, of any length including 0.
+        beta: shape (B,).
+        eta: shape (P,).
+        history: how many of the last states to keep for a hypergradient.
+        trained: names of the tensors to move (see `trained_names`); None moves all. Those left out must have eta 0.
+
+    Returns:
+        The final state, the kept history and the training losses.
+    """
+    beta, eta = beta.detach(), eta.detach()
+    rates = dict(zip(model.parameter_names, eta.unbind(-1), strict=True))
+    if trained is not None:
+        rates = {name: rates[name] for name in trained}
+    kept: list[InnerState] = []
+    losses: list[Tensor] = []
+    for step, batch in enumerate(batches):
+        if step >= len(batches) - history:
+            kept.append(state)
+        state, loss = inner_step(model, state, batch, beta, rates)
+        losses.append(loss)
+    return FineTuned(state, tuple(kept), torch.stack(losses) if losses else beta.new_zeros(0))
+
+
+def evaluation_batches(batches: Sequence[Batch], statistics: EvaluationStatistics) -> list[Batch]:
+    """The batches that evaluation runs on: as they are, or all as one where their own statistics count."""
+    if statistics == "running" or len(batches) < 2:
+        return list(batches)
+    return [(torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches]))]
+
+
+def evaluation_loss(
+    model: FunctionalModel,
+    state: InnerState,
+    beta: Tensor,
+    batches: Sequence[Batch],
+    *,
+    statistics: EvaluationStatistics = "running",
+) -> Tensor:
+    """The mean loss over all samples of `batches` in evaluation mode, 0-d.
+
+    Args:
+        model: the model.
+        state: parameters and buffers.
+        beta: shape (B,).
+        batches: the data.
+        statistics: what beta mixes with the pretrained statistics: the client's `running` ones, or those of the whole
+            data as one `batch` (as FT (BN I) tests).
+    """
+    total = sum(len(targets) for _, targets in batches)
+    terms = []
+    for inputs, targets in evaluation_batches(batches, statistics):
+        outputs, _ = model(
+            state.parameters, state.buffers, beta, inputs, training=False, batch_statistics=statistics == "batch"
+        )
+        terms.append(model.loss_fn(outputs, targets) * (len(targets) / total))
+    return torch.stack(terms).sum()

@@ -1,0 +1,136 @@
+"""The interface of the estimators, and what they have in common."""
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.func import grad
+
+from fedl2p.finetune import (
+    Batch,
+    EvaluationStatistics,
+    FineTuned,
+    FunctionalModel,
+    InnerState,
+    Tensors,
+    evaluation_batches,
+    evaluation_loss,
+)
+
+with warnings.catch_warnings(), forward_ad.dual_level():
+    # At its first use torch scripts the rules of forward mode, and warns its users that scripting is deprecated.
+    warnings.simplefilter("ignore", FutureWarning)
+    forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
+
+
+class MetaProblem(NamedTuple):
+    """A client's bilevel problem after its inner loop: what an estimator looks at.
+
+    Attributes:
+        tuned: the fine-tuned state, with as much history as the estimator asked for.
+        train_batches: the batches of the inner loop, one a step.
+        loss_batch: the training batch on which `ift` takes L_T; None without training data.
+        val_batches: the batches over which L_V is averaged.
+        beta: shape (B,).
+        eta: shape (P,).
+        statistics: of the evaluation in L_V, see `evaluation_loss`.
+    """
+
+    tuned: FineTuned
+    train_batches: Sequence[Batch]
+    loss_batch: Batch | None
+    val_batches: Sequence[Batch]
+    beta: Tensor
+    eta: Tensor
+    statistics: EvaluationStatistics = "running"
+
+
+class Hypergradient(NamedTuple):
+    """An estimate of d L_V / d beta (B,) and d L_V / d eta (P,), not clipped, and L_V itself (0-d)."""
+
+    beta: Tensor
+    eta: Tensor
+    val_loss: Tensor
+
+
+class HypergradientEstimator(ABC):
+    """Estimates how the validation loss after fine-tuning changes with beta and eta.
+
+    Pure: an estimator holds settings only, changes nothing, and runs under `torch.vmap`.
+    """
+
+    @abstractmethod
+    def history(self, num_steps: int) -> int:
+        """How many of the last inner states `finetune` must keep, of `num_steps`."""
+
+    @abstractmethod
+    def __call__(self, model: FunctionalModel, problem: MetaProblem) -> Hypergradient:
+        """The estimate at the fine-tuned state."""
+
+
+class ValidationGradient(NamedTuple):
+    """L_V at the fine-tuned state and its partial derivatives there."""
+
+    loss: Tensor
+    parameters: Tensors
+    running: Tensors
+    beta: Tensor
+
+
+def split_running(buffers: Tensors) -> tuple[Tensors, Tensors]:
+    """Splits buffers in those that a gradient can reach (the client's running statistics) and all others."""
+    running = {name: b for name, b in buffers.items() if name.rpartition(".")[2] in ("running_mean", "running_var")}
+    return running, {name: b for name, b in buffers.items() if name not in running}
+
+
+def validation_gradient(model: FunctionalModel, problem: MetaProblem) -> ValidationGradient:
+    """L_V in evaluation mode, and its derivatives by parameters, running statistics and beta, batch by batch."""
+    state = problem.tuned.final
+    running, fixed = split_running(state.buffers)
+    total = sum(len(targets) for _, targets in problem.val_batches)
+
+    def loss(parameters: Tensors, running: Tensors, beta: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        now = InnerState(parameters, {**running, **fixed})
+        value = evaluation_loss(model, now, beta, [batch], statistics=problem.statistics)
+        value = value * (len(batch[1]) / total)
+        return value, value
+
+    result: ValidationGradient | None = None
+    for batch in evaluation_batches(problem.val_batches, problem.statistics):
+        (dp, dr, db), value = grad(loss, argnums=(0, 1, 2), has_aux=True)(
+            state.parameters, running, problem.beta, batch
+        )
+        term = ValidationGradient(value, dp, dr, db)
+        result = term if result is None else _add(result, term)
+    assert result is not None, "a client has at least one validation batch"
+    return result
+
+
+def _add(a: ValidationGradient, b: ValidationGradient) -> ValidationGradient:
+    return ValidationGradient(
+        a.loss + b.loss, add(a.parameters, b.parameters), add(a.running, b.running), a.beta + b.beta
+    )
+
+
+def add(a: Tensors, b: Tensors, scale: float = 1.0) -> Tensors:
+    """A + scale * b, name by name."""
+    return {name: torch.add(a[name], b[name], alpha=scale) for name in a}
+
+
+def dot_by_tensor(a: Tensors, b: Tensors) -> Tensor:
+    """The inner product of each pair of tensors, shape (P,)."""
+    return torch.stack([(a[name] * b[name]).sum() for name in a])
+
+
+def last_step_gradient(model: FunctionalModel, problem: MetaProblem) -> Tensors:
+    """The gradient g that the last inner step moved along, for all parameters."""
+    before, batch = problem.tuned.history[-1], problem.train_batches[-1]
+
+    def loss(parameters: Tensors) -> Tensor:
+        return model.loss(parameters, before.buffers, problem.beta, batch, training=True)[0]
+
+    return grad(loss)(before.parameters)

@@ -1,0 +1,1 @@
+"""Ways to make theta_g, the pretrained global model, with clients of the `pretrain` pool; one file a method."""

@@ -1,0 +1,108 @@
+"""The clients' recipes as a long table: a row for each client, kind and layer."""
+
+import csv
+import io
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from fedl2p.errors import ModelError, RunFolderError
+from fedl2p.meta_nets import Hyperparameters
+from fedl2p.report.files import write_atomically
+
+COLUMNS = ("client", "domain", "pool", "kind", "layer", "value")
+
+
+class Described(Protocol):
+    """Who a client is; `datamodules.ClientData` fits."""
+
+    @property
+    def name(self) -> str:
+        """Unique in the federation."""
+
+    @property
+    def domain(self) -> str:
+        """Where its data come from."""
+
+    @property
+    def pool(self) -> str:
+        """`seen` or `unseen`."""
+
+
+class Named(Protocol):
+    """What the entries of a recipe speak of; `MetaNets` fits."""
+
+    batchnorm_names: tuple[str, ...]
+    parameter_names: tuple[str, ...]
+
+
+def hyperparameter_rows(
+    clients: Sequence[Described], recipes: Sequence[Hyperparameters], meta_nets: Named
+) -> list[dict[str, Any]]:
+    """The recipes in long form, clients in the given order, layers in the model's.
+
+    Args:
+        clients: who they are.
+        recipes: one a client, in the same order: beta (B,) and eta (P,).
+        meta_nets: has the B and P names.
+
+    Returns:
+        Rows with `client`, `domain`, `pool`, `kind` (beta or eta), `layer` (a batch norm's or a parameter tensor's
+        name) and `value` (float).
+
+    Raises:
+        ModelError: not a recipe for each client, or one that does not fit the names.
+    """
+    if len(clients) != len(recipes):
+        raise ModelError(f"There are {len(recipes)} recipes for {len(clients)} clients; one each is needed.")
+    rows: list[dict[str, Any]] = []
+    for client, recipe in zip(clients, recipes, strict=True):
+        who = {"client": client.name, "domain": client.domain, "pool": client.pool}
+        for kind, names, values in (
+            ("beta", meta_nets.batchnorm_names, recipe.beta),
+            ("eta", meta_nets.parameter_names, recipe.eta),
+        ):
+            if tuple(values.shape) != (len(names),):
+                raise ModelError(
+                    f"{kind} of client '{client.name}' has the shape {tuple(values.shape)}, but there are "
+                    f"{len(names)} names."
+                )
+            numbers = values.detach().cpu().tolist()
+            rows += [
+                {**who, "kind": kind, "layer": name, "value": value} for name, value in zip(names, numbers, strict=True)
+            ]
+    return rows
+
+
+def write_hyperparameters(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> Path:
+    """Writes the rows as CSV with a header, whole or not at all.
+
+    Args:
+        path: the file, usually `<run>/hyperparameters.csv`.
+        rows: of `hyperparameter_rows`.
+
+    Raises:
+        RunFolderError: the folder cannot be written.
+    """
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return write_atomically(path, text.getvalue())
+
+
+def read_hyperparameters(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The rows that `write_hyperparameters` wrote, with the same values.
+
+    Raises:
+        RunFolderError: the file cannot be read, or is another table.
+    """
+    try:
+        with Path(path).open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            if tuple(reader.fieldnames or ()) != COLUMNS:
+                raise RunFolderError(f"{path} has the columns {reader.fieldnames}; needed are {list(COLUMNS)}.")
+            return [{**row, "value": float(row["value"])} for row in reader]
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"Cannot read {path}: {error}.") from error

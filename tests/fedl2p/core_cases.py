@@ -1,0 +1,167 @@
+"""Tiny float64 problems and finite differences that the tests of the mathematical core share."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fedl2p.batchnorm import convert_batchnorm
+from fedl2p.finetune import (
+    Batch,
+    FineTuned,
+    FunctionalModel,
+    InnerState,
+    LossFunction,
+    evaluation_loss,
+    finetune,
+    initial_running,
+)
+from fedl2p.hypergradients import MetaProblem
+from fedl2p.statistics import ClientStatistics, collect_statistics
+
+
+def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Gives every batch norm random affine parameters and random running statistics, in place."""
+    generator = torch.Generator().manual_seed(seed)
+    for layer in module.modules():
+        if isinstance(layer, _BatchNorm):
+            for tensor, low, high in (
+                (layer.weight, 0.5, 1.5),
+                (layer.bias, -0.5, 0.5),
+                (layer.running_mean, -1.0, 1.0),
+                (layer.running_var, 0.3, 3.0),
+            ):
+                if tensor is not None:
+                    drawn = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
+                    tensor.data.copy_(low + (high - low) * drawn)
+            if layer.num_batches_tracked is not None:
+                layer.num_batches_tracked.fill_(3)
+    return module
+
+
+class ConvNet(nn.Module):
+    """conv, BN, tanh, conv, BN, tanh, mean over space, linear: smooth, so that finite differences are exact."""
+
+    def __init__(self, momentum: float | None = 0.1, classes: int = 3, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 2, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(2, momentum=momentum)
+        self.conv2 = nn.Conv2d(2, 3, 2)
+        self.bn2 = nn.BatchNorm2d(3, momentum=momentum)
+        self.dropout = nn.Dropout(dropout)
+        self.fc = nn.Linear(3, classes)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = torch.tanh(self.bn1(self.conv1(inputs)))
+        hidden = torch.tanh(self.bn2(self.conv2(hidden)))
+        return self.fc(self.dropout(hidden.mean((2, 3))))
+
+
+def seeded(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
+    """Builds a module in float64 with its random weights and statistics drawn from `seed`."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return randomize(build().double(), seed)
+
+
+def image_batches(*sizes: int, seed: int = 0, classes: int = 3, shift: float = 0.5) -> list[Batch]:
+    """Random 1x4x4 images, one batch a size."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (
+            shift + 1.3 * torch.randn(size, 1, 4, 4, generator=generator, dtype=torch.float64),
+            torch.randint(classes, (size,), generator=generator),
+        )
+        for size in sizes
+    ]
+
+
+class Case(NamedTuple):
+    """A client's problem: everything that the inner loop and the estimators read."""
+
+    model: FunctionalModel
+    statistics: ClientStatistics
+    start: InnerState
+    train: list[Batch]
+    val: list[Batch]
+    beta: Tensor
+    eta: Tensor
+
+    def tune(self, history: int = 0) -> FineTuned:
+        return finetune(self.model, self.start, self.train, self.beta, self.eta, history=history)
+
+    def problem(self, history: int | None = None) -> MetaProblem:
+        tuned = self.tune(len(self.train) if history is None else history)
+        loss_batch = self.train[0] if self.train else self.val[0]
+        return MetaProblem(tuned, self.train, loss_batch, self.val, self.beta, self.eta)
+
+    def val_loss(
+        self, beta: Tensor, eta: Tensor, *, start: InnerState | None = None, steps: int | None = None
+    ) -> Tensor:
+        """The whole procedure: fine-tune (the last `steps`), then the validation loss."""
+        batches = self.train if steps is None else self.train[len(self.train) - steps :]
+        final = finetune(self.model, start or self.start, batches, beta, eta).final
+        return evaluation_loss(self.model, final, beta, self.val)
+
+
+def make_case(
+    module: nn.Module,
+    train: list[Batch],
+    val: list[Batch],
+    *,
+    loss_fn: LossFunction = nn.functional.cross_entropy,
+    seed: int = 0,
+    rate: float = 0.3,
+) -> Case:
+    """A problem for a plain module, with the measured start, betas inside (0, 1) and etas of both signs and one 0."""
+    model = FunctionalModel.of(convert_batchnorm(module), loss_fn)
+    statistics = collect_statistics(model.module, train or val)
+    parameters, buffers = model.tensors()
+    start = InnerState(parameters, {**buffers, **initial_running(model, buffers, statistics)})
+    generator = torch.Generator().manual_seed(seed + 100)
+    beta = 0.1 + 0.8 * torch.rand(len(model.batchnorm_names), generator=generator, dtype=torch.float64)
+    eta = rate * (torch.rand(len(model.parameter_names), generator=generator, dtype=torch.float64) - 0.3)
+    eta[1], eta[0] = 0.0, -0.1
+    return Case(model, statistics, start, train, val, beta, eta)
+
+
+def conv_case(*, momentum: float | None = 0.1, steps: int = 3, seed: int = 0) -> Case:
+    """A small conv-BN problem with unequal training batches and ragged validation batches."""
+    sizes = [5, 4, 6, 5, 3][:steps]
+    return make_case(
+        seeded(lambda: ConvNet(momentum), seed),
+        image_batches(*sizes, seed=seed + 1),
+        image_batches(6, 3, seed=seed + 2, shift=0.9),
+        seed=seed,
+    )
+
+
+def central_differences(function: Callable[[Tensor], Tensor], point: Tensor, step: float = 1e-5) -> Tensor:
+    """d function / d point by central finite differences, entry by entry."""
+    result = torch.zeros_like(point)
+    for index in range(len(point)):
+        moved = torch.zeros_like(point)
+        moved[index] = step
+        result[index] = (function(point + moved) - function(point - moved)) / (2 * step)
+    return result
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-9) -> None:
+    """Asserts equal shapes and a maximum error of `tolerance` relative to the largest entry."""
+    assert actual.shape == expected.shape
+    scale = float(expected.detach().abs().max()) if expected.numel() else 1.0
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * max(scale, 1e-3))
+
+
+@contextmanager
+def unchanged(*trees: object) -> Iterator[None]:
+    """Asserts that no tensor in the given nested containers is written to inside the block."""
+    leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(trees) if isinstance(leaf, Tensor)]
+    before = [leaf.detach().clone() for leaf in leaves]
+    assert leaves
+    yield
+    for leaf, copy in zip(leaves, before, strict=True):
+        assert torch.equal(leaf, copy)

@@ -1,0 +1,236 @@
+"""The inner loop: plain SGD on an ordinary model is the reference; nothing that a caller holds is written to."""
+
+import copy
+
+import pytest
+import torch
+from core_cases import ConvNet, close, conv_case, image_batches, make_case, seeded, unchanged
+from torch import Tensor, nn
+
+from fedl2p.errors import ConfigError, ModelError
+from fedl2p.finetune import FunctionalModel, InnerState, evaluation_loss, finetune, initial_running, trained_names
+from fedl2p.statistics import collect_statistics
+
+
+def ordinary(case_module: nn.Module, start: InnerState) -> nn.Module:
+    """The plain torch model in the state that fine-tuning starts from."""
+    model = copy.deepcopy(case_module)
+    state = {n: t for n, t in {**start.parameters, **start.buffers}.items() if n in model.state_dict()}
+    model.load_state_dict(state, strict=False)
+    return model.train()
+
+
+def assert_equals_module(state: InnerState, module: nn.Module) -> None:
+    for name, parameter in module.named_parameters():
+        close(state.parameters[name], parameter.detach(), 1e-10)
+    for name, buffer in module.named_buffers():
+        if not name.endswith("num_batches_tracked") or name in state.buffers:
+            close(state.buffers[name].double(), buffer.double(), 1e-10)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_beta_1_equals_torch_sgd_with_a_rate_for_each_tensor_on_the_ordinary_model(momentum: float | None) -> None:
+    plain = seeded(lambda: ConvNet(momentum))
+    case = make_case(plain, image_batches(5, 4, 6, 3), image_batches(4))
+    eta = case.eta.abs()
+    model = ordinary(plain, case.start)
+    optimizer = torch.optim.SGD([{"params": [p], "lr": float(r)} for p, r in zip(model.parameters(), eta, strict=True)])
+    losses = []
+    for inputs, targets in case.train:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(inputs), targets)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    tuned = finetune(case.model, case.start, case.train, torch.ones(2).double(), eta)
+    assert_equals_module(tuned.final, model)
+    close(tuned.losses, torch.stack(losses), 1e-11)
+
+
+def test_negative_rates_climb() -> None:
+    case = conv_case(steps=1)
+    eta = -case.eta.abs()
+    down = finetune(case.model, case.start, case.train, case.beta, -eta).final
+    up = finetune(case.model, case.start, case.train, case.beta, eta).final
+    for name, origin in case.start.parameters.items():
+        close(up.parameters[name] - origin, origin - down.parameters[name], 1e-10)
+
+
+def test_nothing_that_the_caller_holds_is_changed() -> None:
+    case = conv_case()
+    module_state = case.model.module.state_dict()
+    with unchanged(case.start, case.train, case.val, case.beta, case.eta, module_state):
+        tuned = case.tune(history=2)
+        evaluation_loss(case.model, tuned.final, case.beta, case.val)
+    assert set(tuned.final.buffers) == set(case.start.buffers)
+    assert list(tuned.final.parameters) == list(case.model.parameter_names)
+
+
+def test_no_graph_is_kept_even_when_beta_and_eta_have_one() -> None:
+    case = conv_case()
+    tuned = finetune(
+        case.model, case.start, case.train, case.beta.requires_grad_(), case.eta.requires_grad_(), history=1
+    )
+    tensors = [*tuned.final.parameters.values(), *tuned.final.buffers.values(), tuned.losses]
+    assert not any(tensor.requires_grad for tensor in tensors)
+
+
+def test_trained_names_are_the_tensors_with_a_rate_and_skipping_the_others_changes_nothing() -> None:
+    case = conv_case()
+    names = trained_names(case.model, case.eta)
+    assert names == tuple(n for n in case.model.parameter_names if n != "bn1.weight")
+    full = case.tune()
+    skipping = finetune(case.model, case.start, case.train, case.beta, case.eta, trained=names)
+    for part in range(2):
+        for name, value in full.final[part].items():
+            assert torch.equal(value, skipping.final[part][name]), name
+    assert list(skipping.final.parameters) == list(full.final.parameters)
+    assert torch.equal(full.losses, skipping.losses)
+
+
+def test_trained_names_of_a_cohort_are_those_of_any_client() -> None:
+    model = conv_case().model
+    eta = torch.zeros(3, 9)
+    eta[0, 2], eta[2, 7] = 0.1, -1e-20
+    assert trained_names(model, eta) == ("bn1.bias", "fc.weight")
+    assert trained_names(model, torch.zeros(9)) == ()
+
+
+def test_without_a_rate_only_the_running_statistics_move() -> None:
+    case = conv_case()
+    tuned = finetune(case.model, case.start, case.train, case.beta, torch.zeros(9).double(), trained=())
+    full = finetune(case.model, case.start, case.train, case.beta, torch.zeros(9).double())
+    assert len(tuned.losses) == 3
+    for name, value in tuned.final.parameters.items():
+        assert torch.equal(value, case.start.parameters[name])
+    for name, value in tuned.final.buffers.items():
+        assert torch.equal(value, full.final.buffers[name])
+    assert not torch.equal(tuned.final.buffers["bn1.running_mean"], case.start.buffers["bn1.running_mean"])
+
+
+@pytest.mark.parametrize("history", [0, 1, 2, 4, 9])
+def test_history_holds_the_states_before_the_last_steps_oldest_first(history: int) -> None:
+    case = conv_case(steps=4)
+    tuned = case.tune(history=history)
+    kept = min(history, 4)
+    assert len(tuned.history) == kept
+    for index, state in enumerate(tuned.history):
+        expected = finetune(case.model, case.start, case.train[: 4 - kept + index], case.beta, case.eta).final
+        for part in range(2):
+            for name, value in expected[part].items():
+                assert torch.equal(state[part][name], value)
+
+
+def test_zero_batches_leave_everything_as_it_was() -> None:
+    case = conv_case()
+    tuned = finetune(case.model, case.start, [], case.beta, case.eta, history=1)
+    assert tuned.final is case.start
+    assert tuned.history == ()
+    assert tuned.losses.shape == (0,)
+
+
+def test_measured_start_is_the_clients_own_statistics_and_zero_one_is_0_and_1() -> None:
+    case = conv_case(momentum=None)
+    _, buffers = case.model.tensors()
+    measured = initial_running(case.model, buffers, case.statistics)
+    assert torch.equal(measured["bn2.running_mean"], case.statistics.channel_mean["bn2"])
+    assert torch.equal(measured["bn2.running_var"], case.statistics.channel_var["bn2"])
+    fresh = initial_running(case.model, buffers, case.statistics, start="zero_one")
+    assert fresh["bn2.running_mean"].tolist() == [0, 0, 0]
+    assert fresh["bn2.running_var"].tolist() == [1, 1, 1]
+    assert fresh["bn2.num_batches_tracked"] == 0
+    assert set(fresh) <= set(buffers)
+
+
+def test_an_unknown_start_and_statistics_of_another_model_are_errors() -> None:
+    case = conv_case()
+    _, buffers = case.model.tensors()
+    with pytest.raises(ConfigError, match=r"'pretrained'.*'measured' and 'zero_one'"):
+        initial_running(case.model, buffers, case.statistics, start="pretrained")
+    other = collect_statistics(nn.Linear(3, 2), [torch.randn(3, 3)])
+    with pytest.raises(ModelError, match="another model"):
+        initial_running(case.model, buffers, other)
+
+
+def test_evaluation_loss_over_ragged_batches_is_the_mean_over_all_samples() -> None:
+    case = conv_case()
+    inputs, targets = (torch.cat(part) for part in zip(*image_batches(5, 1, 7), strict=True))
+    ragged = list(zip(inputs.split([5, 1, 7]), targets.split([5, 1, 7]), strict=True))
+    logits = case.model(*case.start, case.beta, inputs, training=False)[0]
+    expected = nn.functional.cross_entropy(logits, targets)
+    close(evaluation_loss(case.model, case.start, case.beta, ragged), expected, 1e-12)
+    close(evaluation_loss(case.model, case.start, case.beta, [(inputs, targets)]), expected, 1e-12)
+
+
+def test_evaluation_leaves_the_buffers_alone() -> None:
+    case = conv_case()
+    _, after = case.model(*case.start, case.beta, case.val[0][0], training=False)
+    for name, value in case.start.buffers.items():
+        assert torch.equal(after[name], value) or name.endswith(".beta")
+    assert torch.equal(after["bn2.beta"], case.beta[1])
+
+
+def test_a_model_with_dropout_trains_with_it_and_is_evaluated_without() -> None:
+    case = make_case(seeded(lambda: ConvNet(dropout=0.5)), image_batches(5, 4), image_batches(4))
+    runs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        runs.append(case.tune().final.parameters["fc.weight"])
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+    losses = [evaluation_loss(case.model, case.start, case.beta, case.val) for _ in range(2)]
+    assert torch.equal(*losses)
+
+
+def test_the_users_own_loss_over_a_sequence_equals_torch_sgd() -> None:
+    class Sequence(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(7, 4)
+            self.bn = nn.BatchNorm1d(4)
+            self.head = nn.Linear(4, 2)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.head(torch.relu(self.bn(self.embedding(tokens).mT)).mT)
+
+    def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(outputs.mT, targets, reduction="none").sum(1).mean()
+
+    plain = seeded(Sequence)
+    train = [(torch.randint(7, (n, 5)), torch.randint(2, (n, 5))) for n in (4, 3)]
+    case = make_case(plain, train, train, loss_fn=loss_fn)
+    model = ordinary(plain, case.start)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
+    for tokens, targets in train:
+        optimizer.zero_grad()
+        loss_fn(model(tokens), targets).backward()
+        optimizer.step()
+    tuned = finetune(case.model, case.start, train, torch.ones(1).double(), torch.full((5,), 0.2, dtype=torch.float64))
+    assert_equals_module(tuned.final, model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8])
+def test_inputs_that_the_model_itself_casts_may_have_any_type(dtype: torch.dtype) -> None:
+    class Casting(ConvNet):
+        def forward(self, inputs: Tensor) -> Tensor:
+            return super().forward(inputs.to(torch.float64))
+
+    pictures = [((x > 0).to(dtype), y) for x, y in image_batches(5, 4)]
+    case = make_case(seeded(Casting), pictures, pictures)
+    floats = make_case(seeded(ConvNet), [(x.double(), y) for x, y in pictures], case.val)
+    for name, value in floats.tune().final.parameters.items():
+        assert torch.equal(value, case.tune().final.parameters[name])
+
+
+def test_functional_model_reads_names_in_definition_order() -> None:
+    model = conv_case().model
+    assert isinstance(model, FunctionalModel)
+    assert model.batchnorm_names == ("bn1", "bn2")
+    assert model.parameter_names == tuple(name for name, _ in model.module.named_parameters())
+
+
+def test_batch_statistics_can_be_taken_in_evaluation_without_dropout() -> None:
+    case = make_case(seeded(lambda: ConvNet(dropout=0.5)), image_batches(5), image_batches(5))
+    plain = seeded(ConvNet).train()
+    outputs, _ = case.model(*case.start, torch.ones(2).double(), case.val[0][0], training=False, batch_statistics=True)
+    close(outputs, plain(case.val[0][0]).detach(), 1e-11)
