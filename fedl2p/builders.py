@@ -150,6 +150,7 @@ def build_runtime(config: Config, data: FederatedDataModule, model: nn.Module, *
         initialization=config.meta_nets.initialization,  # type: ignore[arg-type]  # checked by config.check
         log_divergence=config.meta_nets.log_divergence,
         initial_beta=config.meta_nets.initial_beta,
+        sample_count=config.meta_nets.sample_count,
     )
     return ClientRuntime(
         data,

@@ -211,8 +211,7 @@ class FedL2PClient(L.LightningModule):
         """The hypergradient of `lambda_` on this client's data, see `meta_step`."""
         statistics = self._collect()
         client = ClientInputs(
-            bn_divergence=statistics.bn_divergence,
-            layer_moments=statistics.layer_moments,
+            net_inputs=statistics.net_inputs(),
             running=self._running(statistics),
             train_batches=self._train_batches(),
             val_batches=self._to_device(limited(self._loader("val"), self.trainer.limit_val_batches or None)),

@@ -243,8 +243,7 @@ class CohortRunner:
     def _inputs(self, tasks: Sequence[ClientTask]) -> ClientInputs:
         """The tasks, stacked."""
         return ClientInputs(
-            bn_divergence=torch.stack([task.statistics.bn_divergence for task in tasks]),
-            layer_moments=torch.stack([task.statistics.layer_moments for task in tasks]),
+            net_inputs=stack([task.statistics.net_inputs() for task in tasks]),
             running=stack(
                 [
                     initial_running(self.model, self.origin.buffers, task.statistics, start=self.running_start)

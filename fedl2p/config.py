@@ -73,6 +73,7 @@ class MetaNetsConfig:
     log_divergence: bool = True
     standardize: bool = True
     initial_beta: float = 0.5
+    sample_count: bool = True
 
 
 @dataclass

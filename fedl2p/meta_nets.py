@@ -140,6 +140,7 @@ class MetaNets(nn.Module):
         initialization: Initialization = "responsive",
         log_divergence: bool = True,
         initial_beta: float = 0.5,
+        sample_count: bool = False,
     ) -> None:
         """Builds the nets that fit `model`.
 
@@ -149,6 +150,8 @@ class MetaNets(nn.Module):
             initialization: see `MetaNet`.
             log_divergence: feed BNNet with log1p(xi), since xi grows with the square of a shift.
             initial_beta: about what BNNet answers before it is trained.
+            sample_count: feed both nets with log N_i too, after the inputs of Eq. 4; the paper's conclusion names the
+                number of samples as a further input.
 
         Raises:
             ConfigError: an unknown `initialization`, or an `initial_beta` outside [0, 1].
@@ -164,11 +167,12 @@ class MetaNets(nn.Module):
         self.parameter_names = tuple(name for name, _ in model.named_parameters())
         if not self.parameter_names:
             raise ModelError("The model has no parameters, so there is nothing to fine-tune.")
-        num_bn = len(self.batchnorm_names)
+        self.sample_count = sample_count
+        num_bn, extra = len(self.batchnorm_names), int(sample_count)
         self.bn_net: MetaNet | None = None
         if num_bn:
             self.bn_net = MetaNet(
-                num_bn,
+                num_bn + extra,
                 num_bn,
                 initial_output=initial_beta,
                 output_range=BETA_RANGE,
@@ -176,7 +180,7 @@ class MetaNets(nn.Module):
                 log_inputs=log_divergence,
             )
         self.lr_net = MetaNet(
-            2 * len(self.layer_names),
+            2 * len(self.layer_names) + extra,
             len(self.parameter_names),
             initial_output=1.0,
             output_range=MULTIPLIER_RANGE,
@@ -184,26 +188,37 @@ class MetaNets(nn.Module):
         )
         self.base_lr = nn.Parameter(torch.full((len(self.parameter_names),), float(base_lr)))
 
-    def forward(self, bn_divergence: Tensor, layer_moments: Tensor) -> Hyperparameters:
+    def forward(
+        self, bn_divergence: Tensor, layer_moments: Tensor, num_samples: Tensor | None = None
+    ) -> Hyperparameters:
         """Answers with a client's recipe (Eq. 4).
 
         Args:
             bn_divergence: xi, shape (..., B).
             layer_moments: shape (..., 2M).
+            num_samples: N_i, shape (...), of a floating-point type; needed with `sample_count` only.
 
         Returns:
             beta (..., B) and eta (..., P).
         """
-        beta = bn_divergence if self.bn_net is None else self.bn_net(bn_divergence)
-        return Hyperparameters(beta=beta, eta=self.lr_net(layer_moments) * self.base_lr)
+        beta = bn_divergence if self.bn_net is None else self.bn_net(self._with_count(bn_divergence, num_samples))
+        multiplier = self.lr_net(self._with_count(layer_moments, num_samples))
+        return Hyperparameters(beta=beta, eta=multiplier * self.base_lr)
+
+    def _with_count(self, inputs: Tensor, num_samples: Tensor | None) -> Tensor:
+        if not self.sample_count:
+            return inputs
+        if num_samples is None:
+            raise ModelError("These nets read the number of samples too (sample_count); pass num_samples.")
+        return torch.cat([inputs, num_samples.log()[..., None]], -1)
 
     def recipe(self, statistics: ClientStatistics) -> Hyperparameters:
         """`forward` for one client, without a gradient: all that a new client needs."""
         with torch.no_grad():
-            return self(statistics.bn_divergence, statistics.layer_moments)
+            return self(*statistics.net_inputs())
 
     @torch.no_grad()
-    def standardize(self, bn_divergence: Tensor, layer_moments: Tensor) -> None:
+    def standardize(self, bn_divergence: Tensor, layer_moments: Tensor, num_samples: Tensor | None = None) -> None:
         """Sets shift and scale of both nets to mean and SD over clients, so that every input counts alike.
 
         An input that does not vary between clients gets the scale 1.
@@ -211,11 +226,12 @@ class MetaNets(nn.Module):
         Args:
             bn_divergence: xi of several clients, shape (clients, B).
             layer_moments: of the same clients, shape (clients, 2M).
+            num_samples: of the same clients, shape (clients,); needed with `sample_count` only.
         """
         for net, inputs in ((self.bn_net, bn_divergence), (self.lr_net, layer_moments)):
             if net is None:
                 continue
-            values = net.transform(inputs).to(torch.float64)
+            values = net.transform(self._with_count(inputs, num_samples)).to(torch.float64)
             scale = values.std(0, correction=0)
             constant = scale <= 1e-6 * values.abs().mean(0)
             net.input_shift.copy_(values.mean(0))

@@ -28,15 +28,13 @@ class ClientInputs(NamedTuple):
     """All tensors of one client that a meta iteration reads; stacked along a first dimension for a cohort.
 
     Attributes:
-        bn_divergence: xi, shape (B,).
-        layer_moments: shape (2M,).
+        net_inputs: xi (B,), the layer moments (2M,) and N_i (0-d), see `ClientStatistics.net_inputs`.
         running: the client's running statistics to start from, see `initial_running`.
         train_batches: one an inner step.
         val_batches: over which L_V is averaged.
     """
 
-    bn_divergence: Tensor
-    layer_moments: Tensor
+    net_inputs: tuple[Tensor, Tensor, Tensor]
     running: Tensors
     train_batches: list[Batch]
     val_batches: list[Batch]
@@ -90,7 +88,7 @@ def meta_step(
     """
 
     def recipe(lambda_: Tensors) -> Hyperparameters:
-        return functional_call(meta_nets, lambda_, (client.bn_divergence, client.layer_moments))
+        return functional_call(meta_nets, lambda_, client.net_inputs)
 
     hyperparameters, pull_back = vjp(recipe, lambda_)[:2]
     beta, eta = hyperparameters

@@ -16,7 +16,7 @@ def policy_metadata(meta_nets: MetaNets) -> dict[str, str]:
     """What a file of nets says about them: the layers that they fit, and how their inputs are prepared."""
     names = {key: json.dumps(list(getattr(meta_nets, key))) for key in _NAMES}
     log_divergence = meta_nets.bn_net is not None and meta_nets.bn_net.log_inputs
-    return names | {"log_divergence": json.dumps(log_divergence)}
+    return names | {"log_divergence": json.dumps(log_divergence), "sample_count": json.dumps(meta_nets.sample_count)}
 
 
 def load_policy(path: Path, model: nn.Module) -> MetaNets:
@@ -33,7 +33,8 @@ def load_policy(path: Path, model: nn.Module) -> MetaNets:
         tensors, metadata = load_tensors(path), load_metadata(path)
     except RunFolderError as error:
         raise ModelError(f"The nets cannot be read. {error}") from error
-    nets = MetaNets(model, log_divergence=json.loads(metadata.get("log_divergence", "true")))
+    options = {key: json.loads(metadata.get(key, "false")) for key in ("log_divergence", "sample_count")}
+    nets = MetaNets(model, **options)
     for key in _NAMES:
         stored = json.loads(metadata.get(key, "[]"))
         if stored != list(getattr(nets, key)):

@@ -38,6 +38,11 @@ class ClientStatistics:
     channel_var: dict[str, Tensor]
     num_samples: int
 
+    def net_inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What `MetaNets` reads: xi (B,), the moments (2M,), and N_i (0-d), all of one floating-point type."""
+        count = self.layer_moments.new_tensor(float(self.num_samples))
+        return self.bn_divergence, self.layer_moments, count
+
 
 class _Moments:
     """Mean and unbiased variance of a stream, merged by the update of Chan, Golub and LeVeque (1983)."""

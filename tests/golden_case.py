@@ -63,7 +63,7 @@ def compute(path: str | Path) -> dict[str, numpy.ndarray]:
 
     statistics = collect_statistics(module, first_batches)
     multiplier = meta_nets.lr_net(statistics.layer_moments)
-    beta, eta = meta_nets(statistics.bn_divergence, statistics.layer_moments)
+    beta, eta = meta_nets(*statistics.net_inputs())
     start = InnerState(parameters, {**buffers, **initial_running(model, buffers, statistics, start="zero_one")})
     tuned = finetune(model, start, train_batches, beta, eta, history=1)
     problem = MetaProblem(tuned, train_batches, loss_batch, val_batches, beta.detach(), eta.detach())

@@ -98,8 +98,7 @@ class ClientRuntime:
         """What `lambda_` answers for a client (Eq. 4)."""
         statistics = self.statistics(client_id)
         with torch.no_grad():
-            inputs = (statistics.bn_divergence, statistics.layer_moments)
-            return torch.func.functional_call(self.meta_nets, lambda_, inputs)
+            return torch.func.functional_call(self.meta_nets, lambda_, statistics.net_inputs())
 
     def meta_tasks(self, client_id: int, phase: str, round_number: int) -> list[ClientTask]:
         """The client's K meta iterations of a round: the same data in new orders that follow from the seed."""

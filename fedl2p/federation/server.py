@@ -116,6 +116,9 @@ def _finish(
 def standardize_inputs(meta_nets: MetaNets, strategy: FedL2PStrategy) -> None:
     """Sets the nets' input shift and scale to those of the participants' statistics, see `MetaNets.standardize`."""
     participants = list(strategy.participants.values())
+    moments = torch.stack([p.layer_moments for p in participants])
     meta_nets.standardize(
-        torch.stack([p.bn_divergence for p in participants]), torch.stack([p.layer_moments for p in participants])
+        torch.stack([p.bn_divergence for p in participants]),
+        moments,
+        moments.new_tensor([float(p.num_samples) for p in participants]),
     )

@@ -17,7 +17,7 @@ RATES = {"bn_net": 0.01, "lr_net": 0.02, "base_lr": 0.03}
 
 def client_of(case: Case) -> ClientInputs:
     running = {name: b for name, b in case.start.buffers.items() if name.rpartition(".")[2].startswith("running")}
-    return ClientInputs(case.statistics.bn_divergence, case.statistics.layer_moments, running, case.train, case.val)
+    return ClientInputs(case.statistics.net_inputs(), running, case.train, case.val)
 
 
 def setting() -> tuple[Case, MetaNets, InnerState, dict[str, Tensor], ClientInputs]:
@@ -40,7 +40,7 @@ def test_gradients_by_lambda_are_the_estimate_pulled_back_by_autograd(estimator:
     case, nets, _, lambda_, client = setting()
     done = step(estimator)
     leaves = {name: p.clone().requires_grad_() for name, p in lambda_.items()}
-    beta, eta = functional_call(nets, leaves, (client.bn_divergence, client.layer_moments))
+    beta, eta = functional_call(nets, leaves, client.net_inputs)
     tuned_case = case._replace(beta=beta.detach(), eta=eta.detach())
     estimate = estimator(case.model, tuned_case.problem(estimator.history(3)))
     expected = torch.autograd.grad([beta, eta], list(leaves.values()), [estimate.beta, estimate.eta])

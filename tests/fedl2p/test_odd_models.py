@@ -82,7 +82,7 @@ def test_a_lambda_that_is_the_nets_own_parameters_can_be_updated() -> None:
 def test_a_meta_step_without_training_batches_gives_the_direct_part() -> None:
     case = conv_case(steps=0)
     nets = MetaNets(case.model.module).double()
-    client = ClientInputs(case.statistics.bn_divergence, case.statistics.layer_moments, {}, [], case.val)
+    client = ClientInputs(case.statistics.net_inputs(), {}, [], case.val)
     lambda_ = {name: p.detach() for name, p in nets.named_parameters()}
     done = meta_step(case.model, nets, FOMAML(), InnerState(*case.model.tensors()), lambda_, client)
     assert done.finite
