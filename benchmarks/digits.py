@@ -46,13 +46,14 @@ def _values(results: list[dict[str, object]], method: str, pool: str, key: str =
 
 
 def _methods(results: list[dict[str, object]]) -> str:
-    lines = ["| method | seen accuracy | seen loss | unseen accuracy | unseen loss |", "| --- | --- | --- | --- | --- |"]
+    head = ["method", "seen accuracy", "seen loss", "unseen accuracy", "unseen loss"]
+    lines = [f"| {' | '.join(head)} |", "| --- | --- | --- | --- | --- |"]
     for method, content in results[0]["methods"].items():  # type: ignore[attr-defined]
         cells = [content["label"]]
         for pool in ("seen", "unseen"):
             accuracy, loss = _values(results, method, pool), _values(results, method, pool, "loss")
             if accuracy is None or loss is None:
-                cells += ["–", "–"]
+                cells += ["-", "-"]
             else:
                 means = 100 * accuracy.reshape(len(results), -1).mean(1)
                 cells += [f"{means.mean():.1f} ± {means.std():.1f}", f"{loss.mean():.3f}"]

@@ -29,7 +29,7 @@ DOMAINS = ("noise", "blur", "contrast", "brightness", "rotation", "inversion")
 _POOL_FRACTIONS = (0.30, 0.42, 0.28)  # in the order of POOLS
 _ROLES = ("train", "val", "test")
 # Fewer test images, and strongly skewed clients would run out of the classes that they train on.
-_ROLE_FRACTIONS = (0.45, 0.20, 0.35)
+_ROLE_FRACTIONS = (0.40, 0.30, 0.30)
 _PRETRAIN_HOLDOUT = 0.15  # of a pretrain client's images, for val and again for test
 _PRETRAIN_MOST = 53  # clients of at least 10 images, so that neither val nor test is empty
 
@@ -64,7 +64,7 @@ class DigitsDataModule(FederatedDataModule):
         seen_clients: Clients of the seen pool, at least one a domain.
         unseen_clients: Clients of the unseen pool, at least one a domain.
         train_sizes: Numbers of training images, at least 2; each domain deals them out in turn, in random
-            order. A client with n has max(4, n / 4) images in val and max(8, n / 2) in test.
+            order. A client with n has max(8, n / 2) images in val and as many in test.
 
     Raises:
         DataError: If an argument is not as above. `setup` raises it when a domain has too few images.
@@ -173,7 +173,7 @@ class DigitsDataModule(FederatedDataModule):
         train = np.resize(np.array(self.train_sizes, dtype=np.int64), count)
         return {
             "train": train,
-            "val": np.maximum(4, np.rint(train / 4).astype(np.int64)),
+            "val": np.maximum(8, np.rint(train / 2).astype(np.int64)),
             "test": np.maximum(8, np.rint(train / 2).astype(np.int64)),
         }
 

@@ -5,13 +5,15 @@ import inspect
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from datamodules.federated import FederatedDataModule
 from fedl2p.batchnorm import convert_batchnorm
 from fedl2p.config import ComponentConfig, Config
-from fedl2p.errors import ConfigError, DataError, ModelError
+from fedl2p.errors import ConfigError, DataError, FedL2PError
 from fedl2p.federation.runtime import ClientRuntime, quiet_trainer
+from fedl2p.finetune import VALIDATION_LOSSES
 from fedl2p.hypergradients import ESTIMATORS, HypergradientEstimator
 from fedl2p.meta_nets import MetaNets
 from fedl2p.seeding import derive_seed
@@ -30,7 +32,7 @@ def import_class(path: str, key: str) -> type:
     module_name, _, name = path.rpartition(".")
     try:
         found = getattr(importlib.import_module(module_name), name) if module_name else None
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ConfigError(f"{key} '{path}' cannot be imported: {error}.") from error
     if not isinstance(found, type):
         raise ConfigError(f"{key} is '{path}'; allowed is the import path of a class, such as package.module.Class.")
@@ -58,8 +60,17 @@ def call(function: Any, arguments: dict[str, Any], key: str) -> Any:
         raise ConfigError(f"Unknown key '{key}.{unknown[0]}'; known there are {', '.join(parameters)}.")
     try:
         return function(**arguments)
-    except (ConfigError, DataError, ModelError, TypeError, ValueError) as error:
-        raise ConfigError(f"{key}: {error}") from error
+    except (
+        FedL2PError,
+        MisconfigurationException,
+        ArithmeticError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as e:
+        given = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+        raise ConfigError(f"{key}: {e}" + (f" (given {given})" if given else "")) from e
 
 
 def build_data(config: Config) -> FederatedDataModule:
@@ -98,7 +109,7 @@ def build_model(config: Config) -> nn.Module:
     model: nn.Module = instantiate(config.model, "model", kind=nn.Module)
     try:
         convert_batchnorm(model)
-    except ModelError as error:
+    except (FedL2PError, LookupError) as error:
         raise ConfigError(f"model: {error}") from error
     return model
 
@@ -133,6 +144,13 @@ def _known_trainer_keys(arguments: dict[str, Any]) -> dict[str, Any]:
     return arguments
 
 
+def cohort_size(config: Config) -> int:
+    """How many clients are stacked at most; 1 where the Trainer is set up for more than its limits."""
+    if config.federation.cohort_size is not None:
+        return config.federation.cohort_size
+    return 64 if all(key.startswith("limit_") for key in config.trainer) else 1
+
+
 def build_runtime(config: Config, data: FederatedDataModule, model: nn.Module, *, base_lr: float) -> ClientRuntime:
     """The clients' side, with new nets.
 
@@ -163,7 +181,8 @@ def build_runtime(config: Config, data: FederatedDataModule, model: nn.Module, *
         clip_value=config.client.clip_value,
         running_start=config.client.running_start,  # type: ignore[arg-type]  # checked by config.check
         evaluation_statistics=config.client.evaluation_statistics,  # type: ignore[arg-type]  # likewise
-        cohort_size=config.federation.cohort_size,
+        val_loss_fn=VALIDATION_LOSSES[config.client.validation_loss],
+        cohort_size=cohort_size(config),
         seed=config.seed,
         trainer=config.trainer,
     )

@@ -4,12 +4,14 @@ Both are thin around the pure functions of `meta_step`, so the same numbers come
 Flower app, or in a cohort.
 """
 
+import contextlib
 from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Any, cast
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
@@ -61,6 +63,31 @@ def inner_batches(loader: Iterable[Batch], epochs: int, limit: Limit = None) -> 
     return [batch for _ in range(epochs) for batch in limited(loader, limit)]
 
 
+class _UnlimitedEpochs(L.Callback):
+    """K iterations may need several passes over the loader, so epochs must not end a fit.
+
+    A callback, since Lightning tells a module nothing of an error.
+    """
+
+    def __init__(self) -> None:
+        self._before: tuple[int | None] | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._before = (trainer.fit_loop.max_epochs,)
+            trainer.fit_loop.max_epochs = -1
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._restore(trainer)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._restore(trainer)
+
+    def _restore(self, trainer: L.Trainer) -> None:
+        if self._before is not None:
+            (trainer.fit_loop.max_epochs,), self._before = self._before, None
+
+
 class FedL2PClient(L.LightningModule):
     """One client of Algorithm 1.
 
@@ -97,6 +124,7 @@ class FedL2PClient(L.LightningModule):
         running_start: RunningStart = "measured",
         evaluation_statistics: EvaluationStatistics = "running",
         loss_fn: LossFunction = nn.functional.cross_entropy,
+        val_loss_fn: LossFunction | None = None,
         statistics: ClientStatistics | None = None,
     ) -> None:
         """Sets a client up.
@@ -115,7 +143,8 @@ class FedL2PClient(L.LightningModule):
             running_start: see `initial_running`.
             evaluation_statistics: what the validation and test losses are taken with: the client's `running`
                 statistics, or those of the whole set as one `batch`.
-            loss_fn: (outputs, targets) -> mean loss.
+            loss_fn: (outputs, targets) -> mean loss, what fine-tuning lowers.
+            val_loss_fn: what the nets lower; None is `loss_fn`. See `expected_error`.
             statistics: of this client, if they were collected before.
 
         Raises:
@@ -134,7 +163,7 @@ class FedL2PClient(L.LightningModule):
         converted = any(isinstance(module, MixedBatchNorm) for module in model.modules())
         self.model = (model if converted else convert_batchnorm(model)).requires_grad_(False)
         self.meta_nets = meta_nets if meta_nets is not None else MetaNets(self.model, base_lr=base_lr)
-        self.functional = FunctionalModel.of(self.model, loss_fn)
+        self.functional = FunctionalModel.of(self.model, loss_fn, val_loss_fn)
         self.recipe = recipe
         self.estimator = estimator if estimator is not None else Unrolled()
         self.meta_iterations = meta_iterations
@@ -158,11 +187,14 @@ class FedL2PClient(L.LightningModule):
         self._held: list[Batch] = []
         # One loader through a fit, so that each iteration shuffles anew.
         self._train_loader: Iterable[Batch] | None = None
-        self._max_epochs: int | None = None
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """SGD in three parameter groups, see `meta_optimizer`."""
         return meta_optimizer(dict(self.meta_nets.named_parameters()), self.meta_lr)
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """One that lets a fit last for K iterations."""
+        return [_UnlimitedEpochs()]
 
     def setup(self, stage: str) -> None:
         """Prepares the training data too where Lightning asks for validation or testing only."""
@@ -170,21 +202,10 @@ class FedL2PClient(L.LightningModule):
         if stage in ("validate", "test") and datamodule is not None:
             datamodule.setup("fit")
         self._train_loader = None
-        if stage == "fit":
-            # The K iterations may need several passes over the loader, so epochs must not end the fit.
-            self._max_epochs = self.trainer.fit_loop.max_epochs
-            if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-                self.trainer.fit_loop.max_epochs = -1
-
-    def teardown(self, stage: str) -> None:
-        """Gives the Trainer its epochs back."""
-        if stage == "fit":
-            self.trainer.fit_loop.max_epochs = self._max_epochs
 
     def on_fit_start(self) -> None:
-        """Collects the statistics, once."""
+        """Starts to count."""
         self.val_losses, self.skipped_steps = [], 0
-        self._collect()
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """One meta iteration: recipe, fine-tuning, hypergradient, step of the nets (lines 9 and 10 of Algorithm 1)."""
@@ -210,10 +231,12 @@ class FedL2PClient(L.LightningModule):
     def meta_gradient(self, lambda_: dict[str, Tensor]) -> MetaStep:
         """The hypergradient of `lambda_` on this client's data, see `meta_step`."""
         statistics = self._collect()
+        if self._train_loader is None:
+            self._train_loader = self._loader("train")
         client = ClientInputs(
-            net_inputs=statistics.net_inputs(),
+            net_inputs=cast(Any, tuple(t.to(self.meta_nets.base_lr) for t in statistics.net_inputs())),
             running=self._running(statistics),
-            train_batches=self._train_batches(),
+            train_batches=self._train_batches(self._train_loader),
             val_batches=self._to_device(limited(self._loader("val"), self.trainer.limit_val_batches or None)),
         )
         origin = InnerState(*self.functional.tensors())
@@ -236,7 +259,8 @@ class FedL2PClient(L.LightningModule):
         start = InnerState(parameters, {**buffers, **self._running(statistics)})
         trained = trained_names(self.functional, chosen.eta)
         self.hyperparameters = chosen
-        self.personalized = personalize(self.functional, start, self._train_batches(), chosen, trained).final
+        batches = self._train_batches(self._loader("train"))
+        self.personalized = personalize(self.functional, start, batches, chosen, trained).final
         return self.personalized
 
     def on_validation_epoch_start(self) -> None:
@@ -264,15 +288,20 @@ class FedL2PClient(L.LightningModule):
         self._measure_held("test")
 
     def _start_evaluation(self) -> None:
-        self._held, self._train_loader = [], None
-        self.personalize()
+        self._held = []
+        # Lightning's check before a fit wants to know that the steps run, which costs no fine-tuning.
+        self.personalized = None
+        if not self.trainer.sanity_checking:
+            self.personalize()
 
     def _measure(self, batches: list[Batch], stage: str, *, whole_set: bool = False) -> None:
         if self.evaluation_statistics == "batch" and not whole_set:
             self._held += batches
             return
-        assert self.personalized is not None and self.hyperparameters is not None
-        outputs, loss = evaluate(
+        if self.personalized is None:
+            return
+        assert self.hyperparameters is not None
+        outputs, loss, _ = evaluate(
             self.functional,
             self.personalized,
             self.hyperparameters.beta,
@@ -302,17 +331,17 @@ class FedL2PClient(L.LightningModule):
     def _running(self, statistics: ClientStatistics) -> dict[str, Tensor]:
         return initial_running(self.functional, self.functional.tensors()[1], statistics, start=self.running_start)
 
-    def _train_batches(self) -> list[Batch]:
-        if self._train_loader is None:
-            self._train_loader = self._loader("train")
-        batches = inner_batches(self._train_loader, self.finetune_epochs, self.trainer.limit_train_batches)
-        return self._to_device(batches)
+    def _train_batches(self, loader: Iterable[Batch]) -> list[Batch]:
+        return self._to_device(inner_batches(loader, self.finetune_epochs, self.trainer.limit_train_batches))
 
     def _loader(self, kind: str) -> Iterable[Batch]:
         """A fresh loader of the DataModule, since the Trainer may be in the middle of its own."""
         datamodule = getattr(self.trainer, "datamodule", None)
         if datamodule is not None:
             return getattr(datamodule, f"{kind}_dataloader")()
+        if kind == "val" and self.trainer.val_dataloaders is None:
+            with contextlib.suppress(MisconfigurationException):  # there are none, which is said below
+                self.trainer.fit_loop.epoch_loop.val_loop.setup_data()
         given = self.trainer.train_dataloader if kind == "train" else self.trainer.val_dataloaders
         if given is None:
             raise DataError(

@@ -46,11 +46,12 @@ class ClientTask:
 
 
 class Evaluation(NamedTuple):
-    """How one personalized client does on one set: its outputs (n, classes), targets (n,) and mean loss."""
+    """How one client does on one set: outputs (n, classes), targets (n,), mean loss and validation loss."""
 
     outputs: Tensor
     targets: Tensor
     loss: float
+    val_loss: float
 
 
 class MetaUpdate(NamedTuple):
@@ -219,7 +220,7 @@ class CohortRunner:
                 recipe: Hyperparameters,
                 batches: dict[str, list[Batch]],
                 trained: tuple[str, ...] = trained,
-            ) -> dict[str, tuple[Tensor, Tensor]]:
+            ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
                 state = client.start(self.origin)
                 if finetune:
                     state = personalize(self.model, state, client.train_batches, recipe, trained).final
@@ -235,8 +236,9 @@ class CohortRunner:
                         outputs[row],
                         torch.cat([y for _, y in getattr(tasks[position], f"{part}_batches")]),
                         float(loss[row]),
+                        float(val_loss[row]),
                     )
-                    for part, (outputs, loss) in measured.items()
+                    for part, (outputs, loss, val_loss) in measured.items()
                 }
         return [results[i] for i in range(len(tasks))]
 

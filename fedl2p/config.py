@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from fedl2p.errors import ConfigError
 
@@ -54,6 +54,7 @@ class ClientConfig:
     clip_value: float = 1.0
     running_start: str = "measured"
     evaluation_statistics: str = "running"
+    validation_loss: str = "cross_entropy"
 
 
 @dataclass
@@ -84,7 +85,7 @@ class FederationConfig:
     client_fraction: float = 0.1
     patience: int = 100
     engine: str = "local"
-    cohort_size: int = 64
+    cohort_size: int | None = None  # null: 64, or 1 where trainer has more than limits
     validation_fraction: float = 1.0
     min_reply_fraction: float = 0.5
     meta_lr_decay: str = "none"
@@ -115,6 +116,7 @@ class Config:
 
     seed: int = 0
     output_dir: str = "???"
+    threads: int | None = None  # of torch on the CPU; null leaves torch's choice
     data: ComponentConfig = field(default_factory=ComponentConfig)
     model: ComponentConfig = field(default_factory=ComponentConfig)
     pretraining: PretrainingConfig = field(default_factory=PretrainingConfig)
@@ -140,16 +142,30 @@ def load_config(arguments: Sequence[str]) -> Config:
         ConfigError: a file cannot be read, a key is unknown, a value has the wrong type or is impossible.
     """
     OmegaConf.register_resolver("now", lambda form: datetime.now().strftime(form), use_cache=True, replace=True)
-    if not any("=" not in argument for argument in arguments):
+    if all(_is_override(argument) for argument in arguments):
         raise ConfigError("No configuration file is given; name one, for example configs/digits.yaml.")
     merged = OmegaConf.structured(Config)
     for argument in arguments:
-        part = _override(argument) if "=" in argument else _file(argument)
+        part = _override(argument) if _is_override(argument) else _file(argument)
+        _drop_old_arguments(merged, part)
         try:
             merged = OmegaConf.merge(merged, part)
         except OmegaConfBaseException as error:
             raise ConfigError(_explain(error, argument)) from None
     return check(_resolved(merged))
+
+
+def _is_override(argument: str) -> bool:
+    return "=" in argument and not Path(argument).is_file()
+
+
+def _drop_old_arguments(merged: Any, part: DictConfig) -> None:
+    """Another class has other arguments: what was set for the class before it goes."""
+    for key in ("data", "model"):
+        section = part.get(key)
+        new = section.get("class_path") if isinstance(section, DictConfig) else None
+        if new is not None and (OmegaConf.is_missing(merged[key], "class_path") or new != merged[key].class_path):
+            merged[key].init_args = {}
 
 
 def _file(path: str) -> DictConfig:
@@ -186,8 +202,10 @@ def _resolved(merged: Any) -> Config:
 
 def _explain(error: OmegaConfBaseException, source: str) -> str:
     """One line that names the key, where it stands, and what would be allowed."""
-    key = getattr(error, "full_key", None) or getattr(error, "key", None) or "?"
     message = _one_line(error)
+    if isinstance(error, InterpolationResolutionError):
+        return f"A ${{...}} in {source} cannot be resolved: {message}."
+    key = getattr(error, "full_key", None) or getattr(error, "key", None) or source.partition("=")[0]
     if "not in" in message or "Key" in type(error).__name__ or "Attribute" in type(error).__name__:
         known = ", ".join(_siblings(str(key)))
         return f"Unknown key '{key}' in {source}; known there are {known}."
@@ -226,10 +244,16 @@ def check(config: Config) -> Config:
         require(value in allowed, key, value, " or ".join(repr(a) for a in allowed))
 
     at_least("seed", config.seed, 0)
+    at_least("threads", 1 if config.threads is None else config.threads, 1)
     federation, client, pretraining = config.federation, config.client, config.pretraining
     at_least("federation.rounds", federation.rounds, 0)
     at_least("federation.patience", federation.patience, 1)
-    at_least("federation.cohort_size", federation.cohort_size, 1)
+    cohort_size, beyond = federation.cohort_size, [key for key in config.trainer if not key.startswith("limit_")]
+    at_least("federation.cohort_size", 1 if cohort_size is None else cohort_size, 1)
+    alone = cohort_size in (None, 1) or not beyond
+    require(
+        alone, "federation.cohort_size", cohort_size, f"1 or null, since trainer.{(beyond or [''])[0]} needs a Trainer"
+    )
     fraction("federation.client_fraction", federation.client_fraction)
     fraction("federation.validation_fraction", federation.validation_fraction)
     fraction("federation.min_reply_fraction", federation.min_reply_fraction)
@@ -237,9 +261,10 @@ def check(config: Config) -> Config:
     one_of("federation.meta_lr_decay", federation.meta_lr_decay, ["none", "cosine"])
     at_least("client.finetune_epochs", client.finetune_epochs, 1)
     at_least("client.meta_iterations", client.meta_iterations, 1)
-    require(client.clip_value > 0, "client.clip_value", client.clip_value, "above 0")
+    require(0 < client.clip_value < math.inf, "client.clip_value", client.clip_value, "above 0")
     one_of("client.running_start", client.running_start, ["measured", "zero_one"])
     one_of("client.evaluation_statistics", client.evaluation_statistics, ["running", "batch"])
+    one_of("client.validation_loss", client.validation_loss, ["cross_entropy", "expected_error"])
     for group, rate in vars(client.meta_lr).items():
         at_least(f"client.meta_lr.{group}", rate, 0)
     one_of("hypergradient.name", config.hypergradient.name, ["unrolled", "fomaml", "ift"])
@@ -249,12 +274,12 @@ def check(config: Config) -> Config:
     require(base_lr is None or math.isfinite(base_lr), "meta_nets.base_lr", base_lr, "a finite number or null")
     at_least("pretraining.rounds", pretraining.rounds, 0)
     at_least("pretraining.epochs", pretraining.epochs, 1)
-    require(pretraining.lr > 0, "pretraining.lr", pretraining.lr, "above 0")
+    require(0 < pretraining.lr < math.inf, "pretraining.lr", pretraining.lr, "above 0")
     require(0 <= pretraining.momentum < 1, "pretraining.momentum", pretraining.momentum, "from 0 to below 1")
     weights = pretraining.weights
     require(weights is None or Path(weights).is_file(), "pretraining.weights", weights, "an existing file, or null")
     rates = config.baselines.rates
-    positive = len(set(rates)) >= 2 and min(rates) > 0 and math.isfinite(max(rates))
+    positive = len(set(rates)) >= 2 and all(rate > 0 and math.isfinite(rate) for rate in rates)
     require(positive, "baselines.rates", rates, "two or more different positive rates")
     one_of("wandb.mode", config.wandb.mode, [None, "online", "offline", "disabled"])
     return config

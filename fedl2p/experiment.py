@@ -17,7 +17,7 @@ from fedl2p.baselines import FINE_TUNING, FixedRecipe, derangement, tune_rate
 from fedl2p.builders import build_data, build_estimator, build_model, build_runtime, check_trainer
 from fedl2p.cohort import Evaluation
 from fedl2p.config import Config, to_yaml
-from fedl2p.errors import ConfigError
+from fedl2p.errors import ConfigError, ModelError, RunFolderError
 from fedl2p.federation.checkpoint import load_metadata, load_state, load_tensors, save_state, write_tensors
 from fedl2p.federation.client_app import make_client_app, make_cohort_handlers
 from fedl2p.federation.engines import LocalGrid, flower_run
@@ -58,6 +58,8 @@ class Experiment:
             RunFolderError: the folder cannot be used.
         """
         logging.getLogger("flwr").setLevel(logging.ERROR)
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
         self.config = config
         self.console = console or Console(stderr=True)
         self.folder = RunFolder(config.output_dir)
@@ -67,7 +69,11 @@ class Experiment:
         build_estimator(config)
         self.data = build_data(config)
         self.model = build_model(config)
+        if config.pretraining.weights is not None:
+            self._load_weights(Path(config.pretraining.weights), "pretraining.weights")
         self._check_model()
+        if resume:
+            self.folder.require_same(to_yaml(config))
         self.timings: dict[str, float] = {}
 
     def run(self, callbacks: Sequence[RoundCallback] = ()) -> "Experiment":
@@ -93,10 +99,8 @@ class Experiment:
         path, settings = self.folder.path / "global_model.safetensors", self.config.pretraining
         model = self.model
         if path.exists():
-            model.load_state_dict(load_tensors(path))
+            self._load_weights(path, "the run to resume")
             return model.eval()
-        if settings.weights is not None:
-            model.load_state_dict(load_tensors(Path(settings.weights)))
         if settings.rounds and self.data.pool("pretrain"):
             training = LocalTraining(
                 self.data,
@@ -111,6 +115,14 @@ class Experiment:
                 model = pretrain(grid, model, rounds=settings.rounds, on_round=lambda number: advance())
         write_tensors(path, model.state_dict(), {})
         return model.eval()
+
+    def _load_weights(self, path: Path, key: str) -> None:
+        try:
+            self.model.load_state_dict(load_tensors(path))
+        except RuntimeError as error:
+            raise ConfigError(f"{key}: the weights in {path} do not fit the model: {error}") from error
+        except RunFolderError as error:
+            raise ConfigError(f"{key}: {error}") from error
 
     # Stage 2: the rates of the hand-made recipes
 
@@ -141,15 +153,14 @@ class Experiment:
     def _weighted_loss(self, measured: Sequence[dict[str, Evaluation]], client_ids: Sequence[int]) -> float:
         """The mean validation loss of clients, weighted by their training samples, as the rounds weight it."""
         weights = [self.runtime.statistics(client_id).num_samples for client_id in client_ids]
-        return sum(w * m["val"].loss for w, m in zip(weights, measured, strict=True)) / sum(weights)
+        return sum(w * m["val"].val_loss for w, m in zip(weights, measured, strict=True)) / sum(weights)
 
     def base_lr(self) -> float:
         """The initial eta~: as configured, or the rate of the hand-made recipe with the lowest validation loss."""
         configured = self.config.meta_nets.base_lr
         if configured is not None:
             return configured
-        running = {name: r for name, r in self.rates.items() if FINE_TUNING[name].statistics == "running"}
-        best = min(running.values(), key=lambda chosen: chosen["val_loss"])
+        best = min(self.rates.values(), key=lambda chosen: chosen["val_loss"])
         return float(best["rate"])
 
     # Stage 3: Algorithm 1
@@ -161,7 +172,7 @@ class Experiment:
         grid = LocalGrid(
             make_client_app(self.runtime),
             seen,
-            cohort_handlers=make_cohort_handlers(self.runtime) if config.cohort_size > 1 else None,
+            cohort_handlers=make_cohort_handlers(self.runtime) if self.runtime.cohort_size > 1 else None,
         )
         strategy = FedL2PStrategy(
             like=self.runtime.lambda_(),
@@ -306,7 +317,7 @@ class Experiment:
         try:
             with torch.no_grad():
                 outputs = self.model.eval()(inputs)
-        except RuntimeError as error:
+        except (RuntimeError, TypeError, ValueError, IndexError, ModelError) as error:
             raise ConfigError(f"model: it does not take inputs of shape {self.data.input_shape}: {error}") from error
         if outputs.shape != (2, self.data.num_classes):
             raise ConfigError(

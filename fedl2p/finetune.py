@@ -24,6 +24,25 @@ RunningStart = Literal["measured", "zero_one"]
 EvaluationStatistics = Literal["running", "batch"]
 
 
+def expected_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    """The mean probability of a wrong answer, 1 - softmax(outputs)[target], in [0, 1].
+
+    A validation loss for classification whose terms are bounded: on a handful of validation samples cross-entropy is
+    ruled by the few that are confidently wrong, and rewards doubt more than right answers.
+
+    Args:
+        outputs: logits, shape (n, classes).
+        targets: class indices, shape (n,).
+    """
+    return 1 - outputs.softmax(-1).gather(-1, targets[:, None]).mean()
+
+
+VALIDATION_LOSSES: dict[str, LossFunction] = {
+    "cross_entropy": nn.functional.cross_entropy,
+    "expected_error": expected_error,
+}
+
+
 @dataclass(frozen=True, eq=False)
 class FunctionalModel:
     """A converted model as a pure function of its tensors, and the loss it is trained with.
@@ -31,21 +50,28 @@ class FunctionalModel:
     Attributes:
         module: a model from `convert_batchnorm`; only its structure is used, and its training mode is left as the last
             call needed it.
-        loss_fn: (outputs, targets) -> mean loss over the batch, 0-d.
+        loss_fn: (outputs, targets) -> mean loss over the batch, 0-d; what fine-tuning lowers (L_T).
+        val_loss_fn: likewise; what the nets lower and what everything is selected by (L_V).
         batchnorm_names: the B mixed layers, in the order of beta.
         parameter_names: the P parameter tensors, in the order of eta.
     """
 
     module: nn.Module
     loss_fn: LossFunction
+    val_loss_fn: LossFunction
     batchnorm_names: tuple[str, ...]
     parameter_names: tuple[str, ...]
 
     @classmethod
-    def of(cls, module: nn.Module, loss_fn: LossFunction = nn.functional.cross_entropy) -> "FunctionalModel":
-        """Wraps a model from `convert_batchnorm`."""
+    def of(
+        cls,
+        module: nn.Module,
+        loss_fn: LossFunction = nn.functional.cross_entropy,
+        val_loss_fn: LossFunction | None = None,
+    ) -> "FunctionalModel":
+        """Wraps a model from `convert_batchnorm`; without a `val_loss_fn`, L_V is taken with `loss_fn` too."""
         names = tuple(name for name, _ in module.named_parameters())
-        return cls(module, loss_fn, batchnorm_names(module), names)
+        return cls(module, loss_fn, val_loss_fn or loss_fn, batchnorm_names(module), names)
 
     @cached_property
     def _layers(self) -> tuple[MixedBatchNorm, ...]:
@@ -260,7 +286,7 @@ def evaluation_loss(
     *,
     statistics: EvaluationStatistics = "running",
 ) -> Tensor:
-    """The mean loss over all samples of `batches` in evaluation mode, 0-d.
+    """L_V: the mean validation loss over all samples of `batches` in evaluation mode, 0-d.
 
     Args:
         model: the model.
@@ -276,5 +302,5 @@ def evaluation_loss(
         outputs, _ = model(
             state.parameters, state.buffers, beta, inputs, training=False, batch_statistics=statistics == "batch"
         )
-        terms.append(model.loss_fn(outputs, targets) * (len(targets) / total))
+        terms.append(model.val_loss_fn(outputs, targets) * (len(targets) / total))
     return torch.stack(terms).sum()

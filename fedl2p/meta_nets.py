@@ -215,7 +215,7 @@ class MetaNets(nn.Module):
     def recipe(self, statistics: ClientStatistics) -> Hyperparameters:
         """`forward` for one client, without a gradient: all that a new client needs."""
         with torch.no_grad():
-            return self(*statistics.net_inputs())
+            return self(*(inputs.to(self.base_lr) for inputs in statistics.net_inputs()))
 
     @torch.no_grad()
     def standardize(self, bn_divergence: Tensor, layer_moments: Tensor, num_samples: Tensor | None = None) -> None:

@@ -148,8 +148,8 @@ def evaluate(
     batches: Sequence[Batch],
     *,
     statistics: EvaluationStatistics = "running",
-) -> tuple[Tensor, Tensor]:
-    """Outputs and loss of a personalized model.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs and losses of a personalized model.
 
     Args:
         model: the model.
@@ -159,7 +159,7 @@ def evaluate(
         statistics: see `evaluation_loss`.
 
     Returns:
-        The outputs of all samples, in order, and the mean loss, 0-d.
+        The outputs of all samples, in order, their mean loss (`loss_fn`) and validation loss (`val_loss_fn`), 0-d.
     """
     own = statistics == "batch"
     outputs = torch.cat(
@@ -168,4 +168,5 @@ def evaluate(
             for inputs, _ in evaluation_batches(batches, statistics)
         ]
     )
-    return outputs, model.loss_fn(outputs, torch.cat([y for _, y in batches]))
+    targets = torch.cat([y for _, y in batches])
+    return outputs, model.loss_fn(outputs, targets), model.val_loss_fn(outputs, targets)

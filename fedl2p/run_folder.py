@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,11 @@ class RunFolder:
         Raises:
             RunFolderError: it holds files and is not being resumed, or there is nothing to resume.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise RunFolderError(f"output_dir '{self.path}' is a file; choose a folder.")
+        above = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+        if not above.is_dir():
+            raise RunFolderError(
+                f"output_dir '{self.path}' cannot be made, since '{above}' is a file; choose a folder."
+            )
         used = self.path.is_dir() and any(self.path.iterdir())
         if used and not resume:
             raise RunFolderError(
@@ -43,19 +47,29 @@ class RunFolder:
         Raises:
             RunFolderError: the configuration differs, with the first line that does.
         """
-        path = self.path / "config.yaml"
         if resume:
-            before = path.read_text()
-            if before != config_yaml:
-                pairs = zip(before.splitlines(), config_yaml.splitlines(), strict=False)
-                different = next(((a, b) for a, b in pairs if a != b), ("", "the number of lines"))
-                raise RunFolderError(
-                    f"The run in '{self.path}' had another configuration: '{different[0].strip()}' there, "
-                    f"'{different[1].strip()}' now; resume with the same one."
-                )
+            self.require_same(config_yaml)
             return
-        (self.path / "checkpoints").mkdir(parents=True)
-        write_atomically(path, config_yaml)
+        try:
+            self.checkpoints.mkdir(parents=True)
+        except OSError as error:
+            raise RunFolderError(f"output_dir '{self.path}' cannot be made: {error.strerror}.") from error
+        write_atomically(self.path / "config.yaml", config_yaml)
+
+    def require_same(self, config_yaml: str) -> None:
+        """Refuses to resume with another configuration.
+
+        Raises:
+            RunFolderError: with the first line that differs.
+        """
+        before = (self.path / "config.yaml").read_text()
+        if before != config_yaml:
+            pairs = zip_longest(before.splitlines(), config_yaml.splitlines(), fillvalue="nothing")
+            there, now = next((a, b) for a, b in pairs if a != b)
+            raise RunFolderError(
+                f"The run in '{self.path}' had another configuration: '{there.strip()}' there, '{now.strip()}' now; "
+                "resume with the same one."
+            )
 
     @property
     def checkpoints(self) -> Path:
@@ -67,9 +81,16 @@ class RunFolder:
         write_atomically(self.path / name, json.dumps(_plain(content), indent=2) + "\n")
 
     def read_json(self, name: str) -> Any:
-        """Reads a JSON file, or None if there is none."""
+        """Reads a JSON file, or None if there is none.
+
+        Raises:
+            RunFolderError: it is damaged.
+        """
         path = self.path / name
-        return json.loads(path.read_text()) if path.exists() else None
+        try:
+            return json.loads(path.read_text()) if path.exists() else None
+        except ValueError as error:
+            raise RunFolderError(f"The file {path} is damaged ({error}); delete it to make it anew.") from error
 
 
 def _plain(value: Any) -> Any:

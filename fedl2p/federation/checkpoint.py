@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -22,8 +23,8 @@ def save_state(folder: Path, state: MetaState) -> None:
         state: what to keep.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {f"lambda/{name}": t.contiguous() for name, t in state.lambda_.items()}
-    tensors |= {f"best/{name}": t.contiguous() for name, t in state.best_lambda.items()}
+    tensors = {f"lambda/{name}": t for name, t in state.lambda_.items()}
+    tensors |= {f"best/{name}": t for name, t in state.best_lambda.items()}
     numbers = {
         "best_loss": state.best_loss,
         "best_round": state.best_round,
@@ -36,7 +37,11 @@ def write_tensors(path: Path, tensors: Tensors, metadata: dict[str, str]) -> Non
     """Writes a safetensors file atomically."""
     temporary = path.with_name(path.name + ".tmp")
     # safetensors refuses tensors that share memory, as the current and the best lambda may.
-    save_file({name: t.detach().cpu().clone() for name, t in tensors.items()}, temporary, metadata)
+    save_file(
+        {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()},
+        temporary,
+        metadata,
+    )
     os.replace(temporary, path)
 
 
@@ -61,7 +66,8 @@ def load_metadata(path: Path) -> dict[str, str]:
 def _read(path: Path) -> tuple[Tensors, dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as archive:
-            tensors = {key: archive.get_tensor(key) for key in archive.keys()}  # noqa: SIM118 (not a dict)
+            # The copies are aligned as fresh tensors are: sums over others round otherwise, and runs would not repeat.
+            tensors = {key: archive.get_tensor(key).clone() for key in archive.keys()}  # noqa: SIM118 (not a dict)
             return tensors, archive.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise RunFolderError(
@@ -82,9 +88,12 @@ def load_state(folder: Path) -> MetaState | None:
     parts: dict[str, Tensors] = {"lambda": {}, "best": {}}
     for key, tensor in tensors.items():
         part, _, name = key.partition("/")
-        parts[part][name] = tensor
-    numbers = json.loads(metadata["state"])
-    history = [RoundRecord(**{**r, "clients": tuple(r["clients"])}) for r in numbers["history"]]
+        parts.setdefault(part, {})[name] = tensor
+    try:
+        numbers = json.loads(metadata["state"])
+        history = [RoundRecord(**{**r, "clients": tuple(r["clients"])}) for r in numbers["history"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunFolderError(f"The file {path} is no checkpoint of rounds; delete or replace it.") from error
     return MetaState(
         lambda_=parts["lambda"],
         best_lambda=parts["best"],

@@ -91,7 +91,7 @@ def _evaluate(runtime: ClientRuntime, messages: Sequence[Message], contexts: Seq
     return [
         reply(
             message,
-            metrics={NUM_SAMPLES: runtime.statistics(client_id).num_samples, "val-loss": parts["val"].loss},
+            metrics={NUM_SAMPLES: runtime.statistics(client_id).num_samples, "val-loss": parts["val"].val_loss},
         )
         for message, client_id, parts in zip(messages, client_ids, measured, strict=True)
     ]

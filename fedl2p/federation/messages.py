@@ -37,8 +37,8 @@ def from_arrays(arrays: ArrayRecord, like: Tensors) -> Tensors:
         raise FederationError(f"A message holds other tensors than expected; missing are {missing or 'none'}.")
     result: Tensors = {}
     for name, reference in like.items():
-        # from_numpy keeps 0-d shapes; the copy owns its memory, which a message's buffer does not let go.
-        tensor = torch.from_numpy(arrays[name].numpy().copy())
+        # from_numpy keeps 0-d shapes; the clone owns its memory, aligned as torch aligns it, so that runs repeat.
+        tensor = torch.from_numpy(arrays[name].numpy()).clone()
         if tensor.shape != reference.shape:
             raise FederationError(
                 f"Tensor '{name}' of a message has the shape {tuple(tensor.shape)}, expected {tuple(reference.shape)}."

@@ -1,6 +1,8 @@
 """What a client process knows and does: its data, the global model, and Algorithm 1's client side."""
 
+import copy
 import logging
+import sys
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,7 +13,7 @@ from torch import nn
 
 from fedl2p.client import FedL2PClient, Limit, inner_batches, limited
 from fedl2p.cohort import ClientTask, CohortRunner, Evaluation, MetaUpdate
-from fedl2p.finetune import EvaluationStatistics, FunctionalModel, RunningStart, Tensors
+from fedl2p.finetune import EvaluationStatistics, FunctionalModel, LossFunction, RunningStart, Tensors
 from fedl2p.hypergradients import HypergradientEstimator
 from fedl2p.meta_nets import Hyperparameters, MetaNets
 from fedl2p.meta_step import META_LR
@@ -45,6 +47,7 @@ class ClientRuntime:
         clip_value: float = 1.0,
         running_start: RunningStart = "measured",
         evaluation_statistics: EvaluationStatistics = "running",
+        val_loss_fn: LossFunction | None = None,
         cohort_size: int = 64,
         seed: int = 0,
         trainer: dict[str, Any] | None = None,
@@ -62,12 +65,13 @@ class ClientRuntime:
             clip_value: of the hypergradient.
             running_start: see `initial_running`.
             evaluation_statistics: of FedL2P's validation and testing, see `evaluation_loss`.
+            val_loss_fn: L_V; None is the training loss.
             cohort_size: the most clients in one vmapped call; 1 runs each client through `Trainer.fit`.
             seed: of the run; batch orders follow from it, the round and the client.
             trainer: arguments of the Lightning Trainer.
         """
         self.data = data
-        self.model = FunctionalModel.of(model.requires_grad_(False))
+        self.model = FunctionalModel.of(model.requires_grad_(False), val_loss_fn=val_loss_fn)
         self.meta_nets = meta_nets
         self.estimator = estimator
         self.meta_iterations = meta_iterations
@@ -178,12 +182,11 @@ class ClientRuntime:
         return self.runner.evaluate(tasks, recipes, parts=parts, statistics=statistics, finetune=finetune)
 
     def _fit(self, lambda_: Tensors, client_id: int, seed: int, meta_lr: dict[str, float]) -> MetaUpdate:
-        """One client as a LightningModule in a Trainer."""
-        nets = self.meta_nets
-        before = self.lambda_()
+        """One client as a LightningModule in a Trainer, which may move and cast the copies that it is given."""
+        nets = copy.deepcopy(self.meta_nets)
         nets.load_state_dict(lambda_, strict=False)
         client = FedL2PClient(
-            self.model.module,
+            copy.deepcopy(self.model.module),
             num_classes=self.data.num_classes,
             meta_nets=nets,
             estimator=self.estimator,
@@ -194,16 +197,14 @@ class ClientRuntime:
             running_start=self.running_start,
             evaluation_statistics=self.evaluation_statistics,
             loss_fn=self.model.loss_fn,
+            val_loss_fn=self.model.val_loss_fn,
             statistics=self.statistics(client_id),
         )
         data = self.data.client(client_id, seed=seed)
-        try:
-            quiet_trainer(self.trainer_arguments).fit(client, datamodule=data)
-            after = self.lambda_()
-        finally:
-            nets.load_state_dict(before, strict=False)
+        quiet_trainer(self.trainer_arguments).fit(client, datamodule=data)
+        after = {name: p.detach().to(lambda_[name]) for name, p in nets.named_parameters()}
         assert client.hyperparameters is not None
-        recipe = Hyperparameters(*(t.detach() for t in client.hyperparameters))
+        recipe = Hyperparameters(*(t.detach().to(self.meta_nets.base_lr) for t in client.hyperparameters))
         return MetaUpdate(after, torch.tensor(client.val_losses), client.skipped_steps, recipe)
 
     def _limit(self, part: str) -> Limit:
@@ -218,6 +219,7 @@ def quiet_trainer(arguments: dict[str, Any]) -> L.Trainer:
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*module\\(s\\) in eval mode.*")
     # Lightning's own use of a class that torch has deprecated.
     warnings.filterwarnings("ignore", ".*LeafSpec.*", category=FutureWarning)
     defaults: dict[str, Any] = {
@@ -226,5 +228,8 @@ def quiet_trainer(arguments: dict[str, Any]) -> L.Trainer:
         "enable_progress_bar": False,
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,
+        "max_epochs": -1,
+        # L_V is part of the training step; Lightning's own validation would fine-tune once more.
+        "check_val_every_n_epoch": sys.maxsize,
     }
     return L.Trainer(**(defaults | arguments))

@@ -53,7 +53,8 @@ def run_rounds(
     try:
         if state.round < 0:
             started = time.monotonic()
-            record = RoundRecord(round=0, val_loss=_validate(grid, strategy, state.lambda_, 0))
+            val_loss = _validate(grid, strategy, state.lambda_, 0)
+            record = RoundRecord(round=0, val_loss=val_loss, failures=_validation_failures(strategy))
             _finish(state, record, state.lambda_, started, callbacks, save)
         while state.round < rounds and not state.out_of_patience(patience):
             _round(grid, strategy, state, callbacks, save)
@@ -83,7 +84,7 @@ def _round(
         val_loss=val_loss,
         meta_loss=meta_loss,
         clients=tuple(strategy.names[int(client_id)] for client_id in clients),
-        failures=failures | {f"{name} (validation)": reason for name, reason in strategy.failures.items()},
+        failures=failures | _validation_failures(strategy),
         skipped_steps=strategy.skipped_steps,
     )
     _finish(state, record, lambda_, started, callbacks, save)
@@ -96,6 +97,10 @@ def _validate(grid: Grid, strategy: FedL2PStrategy, lambda_: Tensors, number: in
     value = metrics["val-loss"]
     assert isinstance(value, float)
     return value
+
+
+def _validation_failures(strategy: FedL2PStrategy) -> dict[str, str]:
+    return {f"{name} (validation)": reason for name, reason in strategy.failures.items()}
 
 
 def _finish(

@@ -154,7 +154,11 @@ class FedL2PStrategy(Strategy):
         """
         good: list[tuple[Participant, Tensors, MetricRecord]] = []
         for participant, message in self._sorted(replies):
-            tensors = from_arrays(message.content.array_records[ARRAYS], self.like)
+            try:
+                tensors = from_arrays(message.content.array_records[ARRAYS], self.like)
+            except FederationError as error:
+                self.failures[self.names[participant.client_id]] = str(error)
+                continue
             bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
             if bad:
                 self.failures[self.names[participant.client_id]] = f"the update of '{bad[0]}' is not finite"

@@ -7,8 +7,9 @@ import copy
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
@@ -156,7 +157,11 @@ def pretrain(
             raise FederationError(f"Pretraining, round {number}: a client failed: {failed[0]}")
         arrays, _ = strategy.aggregate_train(number, replies)
         assert arrays is not None
-        tensors = from_arrays(arrays, like)
+        # Flower averages integers (batch counts) to fractions, which would be cut off.
+        whole = {name for name, t in like.items() if not t.is_floating_point()}
+        mean = {name: array.numpy() for name, array in arrays.items()}
+        mean |= {name: np.asarray(mean[name].round()) for name in whole}
+        tensors = from_arrays(ArrayRecord({name: Array(value) for name, value in mean.items()}), like)
         bad = [name for name, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
         if bad:
             raise FederationError(

@@ -58,13 +58,14 @@ def test_sizes_and_severities(digits: DigitsDataModule) -> None:
             own = [row for row in rows if row["pool"] == pool and row["domain"] == domain]
             assert sorted(row["train"] for row in own) == sorted([8, 16, 32, 64] * (each // 4))
             severities = [row["details"]["severity"] for row in own]
-            assert severities == pytest.approx(np.linspace(0, 1, each).tolist())
+            unshifted = {8: [0.0] * 3, 4: [0.0]}[each]
+            assert severities == pytest.approx(unshifted + np.linspace(0, 1, each - len(unshifted) + 1)[1:].tolist())
     shifted = rows[10:]
     assert {(row["train"], row["val"], row["test"]) for row in shifted} == {
-        (8, 4, 8),
-        (16, 4, 8),
-        (32, 8, 16),
-        (64, 16, 32),
+        (8, 8, 8),
+        (16, 8, 8),
+        (32, 16, 16),
+        (64, 32, 32),
     }
     assert all(row["details"]["size"] == row["train"] for row in rows)
 
@@ -216,7 +217,7 @@ def test_wrong_arguments_are_named_at_once(wrong: dict[str, Any], message: str) 
             {"train_sizes": (64,)},
             r"The 8 seen clients of a domain want 512 train images, but the pool has 3\d\d",
         ),
-        ({"train_sizes": (2,), "seen_clients": 240}, "The 40 seen clients of a domain want 160 val images"),
+        ({"train_sizes": (2,), "seen_clients": 240}, "The 40 seen clients of a domain want 320 val images"),
         ({"unseen_clients": 60}, "The 10 unseen clients of a domain want"),
     ],
 )

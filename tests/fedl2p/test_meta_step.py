@@ -151,7 +151,8 @@ def test_evaluate_gives_outputs_in_order_and_their_mean_loss(statistics: str) ->
     case, nets, _, _, client = setting()
     recipe = nets.recipe(case.statistics)
     state = personalize(case.model, case.start, client.train_batches, recipe).final
-    outputs, loss = evaluate(case.model, state, recipe.beta, case.val, statistics=statistics)
+    outputs, loss, val_loss = evaluate(case.model, state, recipe.beta, case.val, statistics=statistics)
+    assert torch.equal(val_loss, loss)
     inputs, targets = (torch.cat(part) for part in zip(*case.val, strict=True))
     expected, _ = case.model(
         *state, recipe.beta, inputs, training=False, batch_statistics=True if statistics == "batch" else None
