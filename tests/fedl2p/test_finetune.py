@@ -1,6 +1,7 @@
 """The inner loop: plain SGD on an ordinary model is the reference; nothing that a caller holds is written to."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -8,7 +9,15 @@ from core_cases import ConvNet, close, conv_case, image_batches, make_case, seed
 from torch import Tensor, nn
 
 from fedl2p.errors import ConfigError, ModelError
-from fedl2p.finetune import FunctionalModel, InnerState, evaluation_loss, finetune, initial_running, trained_names
+from fedl2p.finetune import (
+    FunctionalModel,
+    InnerState,
+    evaluation_loss,
+    expected_error,
+    finetune,
+    initial_running,
+    trained_names,
+)
 from fedl2p.statistics import collect_statistics
 
 
@@ -234,3 +243,10 @@ def test_batch_statistics_can_be_taken_in_evaluation_without_dropout() -> None:
     plain = seeded(ConvNet).train()
     outputs, _ = case.model(*case.start, torch.ones(2).double(), case.val[0][0], training=False, batch_statistics=True)
     close(outputs, plain(case.val[0][0]).detach(), 1e-11)
+
+
+def test_the_expected_error_is_the_mean_probability_of_wrong_answers() -> None:
+    outputs = torch.tensor([[0.0, 0.0], [math.log(3.0), 0.0], [0.0, 1000.0]], dtype=torch.float64)
+    targets = torch.tensor([0, 0, 0])
+    # 1/2, 1/4, and 1 for the answer that is surely wrong.
+    torch.testing.assert_close(expected_error(outputs, targets), torch.tensor(1.75 / 3, dtype=torch.float64))

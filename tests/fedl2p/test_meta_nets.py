@@ -213,3 +213,22 @@ def test_a_net_is_vectorized_over_clients() -> None:
     inputs = torch.randn(6, 3).double()
     close(net(inputs), torch.stack([net(row) for row in inputs]), 1e-12)
     close(torch.vmap(net)(inputs), net(inputs), 1e-12)
+
+
+def test_nets_may_read_the_number_of_samples() -> None:
+    torch.manual_seed(0)
+    nets = MetaNets(convert_batchnorm(ConvNet()), sample_count=True)
+    xi, moments = torch.rand(3, 2), torch.rand(3, 10)
+    nets.standardize(xi, moments, torch.tensor([8.0, 16.0, 32.0]))
+    few, many = (nets(xi[0], moments[0], torch.tensor(count)) for count in (8.0, 32.0))
+    assert not torch.equal(few.beta, many.beta)
+    assert not torch.equal(few.eta, many.eta)
+    torch.testing.assert_close(nets.lr_net.input_shift[-1], torch.tensor(16.0).log())
+    with pytest.raises(ModelError, match="num_samples"):
+        nets(xi[0], moments[0])
+
+
+def test_without_the_option_the_number_of_samples_changes_nothing() -> None:
+    nets = MetaNets(convert_batchnorm(ConvNet()))
+    xi, moments = torch.rand(2), torch.rand(10)
+    assert torch.equal(nets(xi, moments).eta, nets(xi, moments, torch.tensor(5.0)).eta)

@@ -6,7 +6,14 @@ from core_cases import Case, ConvNet, central_differences, close, conv_case, ima
 from torch import Tensor, nn
 
 from fedl2p.errors import ConfigError
-from fedl2p.finetune import initial_running
+from fedl2p.finetune import (
+    FunctionalModel,
+    LossFunction,
+    evaluation_loss,
+    expected_error,
+    finetune,
+    initial_running,
+)
 from fedl2p.hypergradients import ESTIMATORS, Unrolled
 
 
@@ -179,3 +186,18 @@ def test_estimators_split_validation_data_into_batches_without_a_difference(name
 def test_fewer_than_one_step_is_an_error(steps: int) -> None:
     with pytest.raises(ConfigError, match=rf"{steps}; allowed are 1 or more"):
         Unrolled(steps=steps)
+
+
+@pytest.mark.parametrize("val_loss_fn", [None, expected_error])
+def test_equals_finite_differences_of_evaluation_by_batch_statistics(val_loss_fn: LossFunction | None) -> None:
+    case = conv_case()
+    model = FunctionalModel.of(case.model.module, val_loss_fn=val_loss_fn)
+
+    def val_loss(beta: Tensor, eta: Tensor) -> Tensor:
+        final = finetune(model, case.start, case.train, beta, eta).final
+        return evaluation_loss(model, final, beta, case.val, statistics="batch")
+
+    estimate = Unrolled()(model, case.problem()._replace(statistics="batch"))
+    close(estimate.beta, central_differences(lambda b: val_loss(b, case.eta), case.beta), 1e-7)
+    close(estimate.eta, central_differences(lambda e: val_loss(case.beta, e), case.eta), 1e-7)
+    assert not torch.allclose(estimate.val_loss, case.val_loss(case.beta, case.eta))
