@@ -247,7 +247,7 @@ class Experiment:
     def _measure_methods(self) -> dict[str, MethodResult]:
         """The global model, the baselines, L2P, FedL2P and the ablation, each on the pools that it is for."""
         best, methods = self.state.best_lambda, {}
-        total = 3 + len(FINE_TUNING)
+        total = 2 + len(FINE_TUNING) + bool(self.local_lambdas) + self.config.baselines.shuffled
         with self._bar("Testing all methods", total) as advance:
 
             def measure(

@@ -76,9 +76,11 @@ def test_the_bar_starts_at_the_resumed_round(make_state: MakeState) -> None:
 
 def test_a_start_without_history_and_an_error_at_once_are_no_trouble(make_state: MakeState) -> None:
     for terminal in (False, True):
-        callback = RoundProgress(console=console(terminal)[0])
+        screen, out = console(terminal)
+        callback = RoundProgress(console=screen)
         callback.on_rounds_start(make_state(-1), 5)
         callback.on_rounds_end(make_state(-1))
+        assert "best" not in out.getvalue()
 
 
 @pytest.mark.parametrize("terminal", [False, True])

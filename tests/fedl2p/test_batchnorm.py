@@ -341,4 +341,5 @@ def test_conversion_forward_and_vmap_warn_of_nothing() -> None:
         model = FunctionalModel.of(convert_batchnorm(seeded(ConvNet)))
         parameters, buffers = model.tensors()
         beta, x = torch.zeros(2, 2).double(), data(2, 4, 1, 4, 4)
-        torch.vmap(lambda b, v: model(parameters, buffers, b, v, training=True)[0])(beta, x)
+        outputs = torch.vmap(lambda b, v: model(parameters, buffers, b, v, training=True)[0])(beta, x)
+    assert outputs.shape == (2, 4, 3)

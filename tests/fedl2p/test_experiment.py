@@ -422,6 +422,8 @@ def test_weights_of_another_model_are_refused_with_nothing_written(
 
 def test_double_precision_of_the_trainer_runs_to_the_end(mine: str, tmp_path: Path) -> None:
     run_mine(mine, tmp_path / "run", "trainer.precision=64-true", "federation.cohort_size=1")
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert 0 <= results["methods"]["fedl2p"]["seen"]["accuracy"]["mean"] <= 1
 
 
 def test_a_run_that_cannot_go_on_ends_with_code_1_and_the_reason(
