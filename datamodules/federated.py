@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 
+from datamodules.arrays import ArrayDataset
 from fedl2p.errors import DataError
 
 POOLS = ("pretrain", "seen", "unseen")
@@ -24,7 +25,8 @@ class ClientData:
         name: Unique over the federation, such as ``seen-blur-03``.
         pool: One of `POOLS`.
         domain: What kind of data this is; clients of one domain resemble each other.
-        train: Map-style data set of ``(x, y)``: a float tensor and a class number (int or 0-d tensor).
+        train: Map-style data set of ``(x, y)``: a float tensor and a class number (int or 0-d tensor). Of an
+            `ArrayDataset` the training batches are augmented, those of statistics are not.
         val: As `train`; the meta-learning loss is measured here.
         test: As `train`; used for reports alone.
         details: Numbers that a report may show, such as ``{"severity": 0.4}``.
@@ -70,8 +72,10 @@ def _loader(dataset: Dataset[Any], batch_size: int, shuffle_seed: int | None = N
     batches = _BatchSampler(_size(dataset), batch_size, shuffle_seed=shuffle_seed)
     # A loader without a generator of its own draws from the global one at each iteration.
     generator = torch.Generator().manual_seed(shuffle_seed or 0)
-    # Only the class itself surely accepts a list of indices: a subclass may transform single samples.
-    if type(dataset) is TensorDataset:
+    if shuffle_seed is not None and isinstance(dataset, ArrayDataset):
+        dataset = dataset.augmented(torch.Generator().manual_seed(shuffle_seed))
+    # Of tensor data sets only the class itself surely accepts a list of indices: a subclass may transform samples.
+    if type(dataset) is TensorDataset or isinstance(dataset, ArrayDataset):
         return DataLoader(dataset, sampler=batches, batch_size=None, generator=generator)
     return DataLoader(dataset, batch_sampler=batches, generator=generator)
 

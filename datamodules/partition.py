@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.sparse import csr_matrix
+from scipy.sparse.csgraph import maximum_flow
 
 from fedl2p.errors import DataError
 
@@ -49,9 +51,9 @@ def partition_by_proportions(
 ) -> list[IntArray]:
     """Deals samples to clients, each client's labels as near to its proportions as the supply allows.
 
-    Clients are served one after the other in a random order. Where a class runs out, its share goes to the
-    client's other classes in proportion, and where those run out too, to whatever is left. Time is bounded:
-    nothing is redrawn.
+    Where the supply suffices for all clients, each has its shares, rounded up or down. Elsewhere clients are served
+    one after the other in a random order: where a class runs out, its share goes to the client's other classes in
+    proportion, and where those run out too, to whatever is left. Time is bounded: nothing is redrawn.
 
     Args:
         labels: Class numbers, shape ``(n,)``, from 0 to ``num_classes - 1``.
@@ -72,15 +74,14 @@ def partition_by_proportions(
     # One shuffled queue a class, end to end: a client takes the next ones of each queue.
     shuffled = rng.permutation(len(label_array))
     queue = shuffled[np.argsort(label_array[shuffled], kind="stable")]
-    front = np.cumsum(supply) - supply
-    parts: list[IntArray] = [np.empty(0, dtype=np.int64)] * len(wanted)
-    for client in rng.permutation(len(wanted)):
-        shares = _shares(weights[client], supply, int(wanted[client]))
-        counts = _whole_numbers(shares, 1e-10 * rng.random(len(shares)))  # the bias only breaks ties
-        parts[client] = np.sort(np.concatenate([queue[at : at + n] for at, n in zip(front, counts, strict=True)]))
-        front += counts
-        supply -= counts
-    return parts
+    counts = _exact_counts(weights, wanted, supply, rng)
+    if counts is None:
+        counts = _served_in_turn(weights, wanted, supply, rng)
+    ends = np.cumsum(counts, axis=0) + (np.cumsum(supply) - supply)
+    return [
+        np.sort(np.concatenate([queue[end - n : end] for end, n in zip(*row, strict=True)]))
+        for row in zip(ends, counts, strict=True)
+    ]
 
 
 def dirichlet_partition(labels: ArrayLike, sizes: ArrayLike, alpha: float, rng: np.random.Generator) -> list[IntArray]:
@@ -134,6 +135,129 @@ def stratified_roles(labels: ArrayLike, fractions: Sequence[float], rng: np.rand
         owed += shares - counts
         role[members] = np.repeat(np.arange(len(parts)), counts)
     return [np.flatnonzero(role == part) for part in range(len(parts) - 1)]
+
+
+def client_roles(
+    labels: ArrayLike, val_fraction: float, test_fraction: float, rng: np.random.Generator
+) -> tuple[IntArray, IntArray, IntArray]:
+    """Splits one client's samples into train, val and test with the labels of the whole, each of at least one sample.
+
+    Args:
+        labels: Class numbers of the client's samples, shape ``(n,)``, from 0.
+        val_fraction: Share of *all* the samples, in (0, 1).
+        test_fraction: As `val_fraction`, together below 1; 0 gives an empty test set, for data with a split of its own.
+        rng: Source of randomness.
+
+    Returns:
+        Indices into `labels` of train, val and test, ascending.
+
+    Raises:
+        DataError: If there are fewer samples than roles, or a fraction is not as above.
+    """
+    if not (val_fraction > 0 and test_fraction >= 0 and val_fraction + test_fraction < 1):
+        raise DataError(
+            f"The fractions of val and test are {val_fraction} and {test_fraction}; they must be above 0 (test may be "
+            "0) and together below 1."
+        )
+    fractions = [1 - val_fraction - test_fraction, val_fraction, test_fraction]
+    wanted = sum(fraction > 0 for fraction in fractions)
+    if np.size(labels) < wanted:
+        raise DataError(f"A client has {np.size(labels)} samples; it needs at least {wanted}, one a role.")
+    train, val, test = stratified_roles(labels, fractions, rng)
+    roles = {"train": train, "val": val, "test": test}
+    for name, fraction in zip(roles, fractions, strict=True):
+        if fraction > 0 and not len(roles[name]):
+            giver = max(roles, key=lambda role: len(roles[role]))
+            moved = rng.choice(roles[giver], size=1)
+            roles[name], roles[giver] = moved, np.setdiff1d(roles[giver], moved)
+    return roles["train"], roles["val"], roles["test"]
+
+
+def dirichlet_clients(
+    labels: ArrayLike,
+    num_clients: int,
+    alpha: float,
+    rng: np.random.Generator,
+    *,
+    val_fraction: float,
+    test_fraction: float = 0.0,
+    test_labels: ArrayLike | None = None,
+) -> list[tuple[IntArray, IntArray, IntArray]]:
+    """Deals a data set to clients of equal size with Dirichlet label skew, each with train, val and test sets.
+
+    Args:
+        labels: Class numbers, shape ``(n,)``, from 0. Each client gets ``n // num_clients`` of these samples.
+        num_clients: At least 1.
+        alpha: Concentration, above 0.
+        rng: Source of randomness.
+        val_fraction: See `client_roles`.
+        test_fraction: See `client_roles`; 0 where `test_labels` are given.
+        test_labels: Of a separate supply of test samples, shape ``(m,)``: each client gets ``m // num_clients`` of
+            them, with the labels of its other samples as far as the supply goes.
+
+    Returns:
+        For each client its train, val and test indices, ascending; those of test are into `test_labels` where given.
+
+    Raises:
+        DataError: If there are fewer samples than clients, or an argument is not as above.
+    """
+    label_array = _checked_labels(labels)
+    parts = dirichlet_partition(label_array, _equal_sizes(len(label_array), num_clients), alpha, rng)
+    roles = [client_roles(label_array[part], val_fraction, test_fraction, rng) for part in parts]
+    clients = [(part[train], part[val], part[test]) for part, (train, val, test) in zip(parts, roles, strict=True)]
+    if test_labels is None:
+        return clients
+    test_array = _checked_labels(test_labels)
+    num_classes = max(int(label_array.max()), int(test_array.max())) + 1
+    held = np.stack([np.bincount(label_array[part], minlength=num_classes) for part in parts])
+    tests = partition_by_proportions(test_array, held, _equal_sizes(len(test_array), num_clients), rng)
+    return [(train, val, test) for (train, val, _), test in zip(clients, tests, strict=True)]
+
+
+def _equal_sizes(num_samples: int, num_clients: int) -> IntArray:
+    if not 1 <= num_clients <= num_samples:
+        raise DataError(f"{num_clients} clients are to share {num_samples} samples; there must be 1 to {num_samples}.")
+    return np.full(num_clients, num_samples // num_clients)
+
+
+def _exact_counts(weights: FloatArray, sizes: IntArray, supply: IntArray, rng: np.random.Generator) -> IntArray | None:
+    """Every client's shares, rounded up or down so that each has its size and no class runs out.
+
+    Such a rounding exists where the shares themselves keep to the supply; None where they do not. Each client's largest
+    fractions are rounded up, unless a class runs out by that: then what is rounded up is found as a maximal flow from
+    clients (who are to be given a few more) to classes (which still have some).
+    """
+    shares = np.round(weights / weights.sum(axis=1, keepdims=True) * sizes[:, None], _DECIMALS)
+    floors = np.floor(shares).astype(np.int64)
+    if (shares.sum(axis=0) > supply + 1e-6).any():
+        return None
+    counts = np.stack([_whole_numbers(row, 1e-10 * rng.random(len(row))) for row in shares])  # the bias breaks ties
+    if (counts.sum(axis=0) <= supply).all():
+        return counts
+    clients, classes = np.nonzero(shares > floors)
+    num_clients, num_classes = shares.shape
+    source, sink = num_clients + num_classes, num_clients + num_classes + 1
+    left, spare = sizes - floors.sum(axis=1), supply - floors.sum(axis=0)
+    starts = [np.full(num_clients, source), clients, num_clients + np.arange(num_classes)]
+    ends = [np.arange(num_clients), num_clients + classes, np.full(num_classes, sink)]
+    capacities = np.concatenate([left, np.ones(len(clients), dtype=np.int64), spare]).astype(np.int32)
+    edges = (capacities, (np.concatenate(starts), np.concatenate(ends)))
+    found = maximum_flow(csr_matrix(edges, shape=(sink + 1, sink + 1)), source, sink)
+    if found.flow_value < left.sum():
+        return None
+    flow = found.flow[:num_clients, num_clients : num_clients + num_classes].toarray()
+    return floors + np.maximum(flow, 0)
+
+
+def _served_in_turn(weights: FloatArray, sizes: IntArray, supply: IntArray, rng: np.random.Generator) -> IntArray:
+    """Each client's samples by class, where a supply that is too small makes late clients take what is left."""
+    counts = np.zeros(weights.shape, dtype=np.int64)
+    left = supply.copy()
+    for client in rng.permutation(len(sizes)):
+        shares = _shares(weights[client], left, int(sizes[client]))
+        counts[client] = _whole_numbers(shares, 1e-10 * rng.random(len(shares)))  # the bias only breaks ties
+        left -= counts[client]
+    return counts
 
 
 def _shares(weights: FloatArray, supply: IntArray, size: int) -> FloatArray:
