@@ -197,6 +197,18 @@ class FederatedDataModule(L.LightningDataModule, ABC):
             raise DataError(f"There is no client {client_id}; the ids go from 0 to {len(self.clients) - 1}.")
         return ClientDataModule(self.clients[client_id], batch_size=self.batch_size, seed=seed)
 
+    def client_sizes(self, client_id: int) -> tuple[int, int, int]:
+        """How many train, val and test samples a client has."""
+        client = self.clients[client_id]
+        return _size(client.train), _size(client.val), _size(client.test)
+
+    def to(self, device: torch.device | str) -> None:
+        """Keeps the samples of `ArrayDataset`s on a device from now on; other data sets stay as they are."""
+        for client in self.clients:
+            for dataset in (client.train, client.val, client.test):
+                if isinstance(dataset, ArrayDataset):
+                    dataset.arrays.to(device)
+
     @property
     def input_shape(self) -> tuple[int, ...]:
         """The shape of one sample, without a batch dimension; that of the first client's first sample."""
@@ -211,9 +223,7 @@ class FederatedDataModule(L.LightningDataModule, ABC):
                 "name": client.name,
                 "pool": client.pool,
                 "domain": client.domain,
-                "train": _size(client.train),
-                "val": _size(client.val),
-                "test": _size(client.test),
+                **dict(zip(("train", "val", "test"), self.client_sizes(client_id), strict=True)),
                 "details": dict(client.details),
             }
             for client_id, client in enumerate(self.clients)

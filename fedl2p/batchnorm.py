@@ -1,8 +1,9 @@
 """Batch norm that mixes pretrained and client statistics by beta (Eq. 1 and 2 of the FedL2P paper).
 
-The layers are written in plain arithmetic, and a forward pass in training mode replaces the running statistics by new
-tensors instead of writing into the old ones. So `torch.func.functional_call` makes them pure functions, and gradients,
-Jacobian-vector products of gradients and `torch.vmap` all pass through them.
+The layers are written in plain arithmetic, in few passes over the inputs (an autograd function of our own was slower:
+its detours through functorch cost more than the passes that it saves). A forward pass in training mode replaces the
+running statistics by new tensors instead of writing into the old ones. So `torch.func.functional_call` makes the layers
+pure functions, and gradients, Jacobian-vector products of gradients and `torch.vmap` all pass through them.
 """
 
 import copy
@@ -94,11 +95,16 @@ class MixedBatchNorm(nn.Module):
                 f"Batch-norm layer '{self.layer_name}' takes floating-point inputs, but got {inputs.dtype}."
             )
         shape = (1, -1) + (1,) * (inputs.dim() - 2)
+        wide = self.running_mean.dtype  # statistics are not taken in half precision
         if self.training:
-            # Centred inputs serve the variance and the normalization: two passes, without cancellation.
-            mean = inputs.to(self.running_mean.dtype).mean(self._reduced(inputs))
-            inputs = inputs - mean.to(inputs.dtype).view(shape)
-            var = self._follow(mean, inputs)
+            # Sums instead of means, and an addition of -mean: their derivatives need no pass over the inputs.
+            values = self._values(inputs)
+            mean = inputs.sum(self._reduced(inputs), dtype=wide) * (1 / values)
+            inputs = inputs + (-mean).to(inputs.dtype).view(shape)
+            # Centred first, so that nothing is lost to cancellation.
+            centred = inputs.to(wide)
+            var = (centred * centred).sum(self._reduced(inputs)) * (1 / values)
+            self._move_running(mean, var, values)
             offset = (1 - self.beta) * (mean - self.pretrained_mean)
         else:
             var = self.running_var
@@ -115,23 +121,21 @@ class MixedBatchNorm(nn.Module):
     def _reduced(self, inputs: Tensor) -> list[int]:
         return [0, *range(2, inputs.dim())]
 
-    def _follow(self, mean: Tensor, centred: Tensor) -> Tensor:
-        """The biased batch variance (J,); as a side result the running statistics become new tensors."""
-        values = centred.numel() // self.num_features
+    def _values(self, inputs: Tensor) -> int:
+        """How many values a channel has."""
+        values = inputs.numel() // self.num_features
         if values < 2:
             raise ModelError(
-                f"Batch-norm layer '{self.layer_name}' got one value a channel (input shape {tuple(centred.shape)}), "
+                f"Batch-norm layer '{self.layer_name}' got one value a channel (input shape {tuple(inputs.shape)}), "
                 "from which no variance can be computed; use batches of at least two samples."
             )
-        var = centred.to(self.running_var.dtype).square().mean(self._reduced(centred))
-        if self.differentiable_statistics:
-            self._move_running(mean, var, values)
-        else:
-            self._move_running(mean.detach(), var.detach(), values)
-        return var
+        return values
 
     def _move_running(self, mean: Tensor, var: Tensor, values: int) -> None:
+        """Replaces the running statistics by new tensors, moved towards those of a batch."""
         unbias = values / (values - 1)
+        if not self.differentiable_statistics:
+            mean, var = mean.detach(), var.detach()
         if self.momentum is None:
             self.num_batches_tracked = self.num_batches_tracked + 1
             rate = 1.0 / self.num_batches_tracked.to(mean.dtype)

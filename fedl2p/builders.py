@@ -10,7 +10,7 @@ from torch import nn
 
 from datamodules.federated import FederatedDataModule
 from fedl2p.batchnorm import convert_batchnorm
-from fedl2p.config import ComponentConfig, Config
+from fedl2p.config import COHORT_PRECISIONS, ComponentConfig, Config, trainer_only
 from fedl2p.errors import ConfigError, DataError, FedL2PError
 from fedl2p.federation.runtime import ClientRuntime, quiet_trainer
 from fedl2p.finetune import VALIDATION_LOSSES
@@ -86,10 +86,10 @@ def build_data(config: Config) -> FederatedDataModule:
         seen = len(data.pool("seen"))
     except DataError as error:
         raise ConfigError(f"data.init_args: {error}") from error
-    if config.pretraining.weights is None and config.pretraining.rounds and not data.pool("pretrain"):
+    if config.pretraining.weights is None and config.pretraining.rounds and not data.pool(config.pretraining.pool):
         raise ConfigError(
-            "The data have no clients in the pool 'pretrain'; give pretraining.weights a file, or set "
-            "pretraining.rounds to 0 where the model brings its own weights."
+            "The data have no clients in the pool 'pretrain'; give pretraining.weights a file, set pretraining.pool to "
+            "seen, or set pretraining.rounds to 0 where the model brings its own weights."
         )
     if config.federation.client_fraction * seen < 0.5:
         raise ConfigError(
@@ -144,11 +144,34 @@ def _known_trainer_keys(arguments: dict[str, Any]) -> dict[str, Any]:
     return arguments
 
 
-def cohort_size(config: Config) -> int:
-    """How many clients are stacked at most; 1 where the Trainer is set up for more than its limits."""
-    if config.federation.cohort_size is not None:
-        return config.federation.cohort_size
-    return 64 if all(key.startswith("limit_") for key in config.trainer) else 1
+def cohort_size(config: Config) -> int | None:
+    """How many clients are stacked at most; None is automatic, 1 where the Trainer is set up for what needs one."""
+    if config.federation.cohort_size != "auto":
+        return int(config.federation.cohort_size)
+    return 1 if trainer_only(config.trainer) else None
+
+
+def build_device(config: Config) -> torch.device:
+    """Where cohorts run: the device that a Lightning Trainer would take for `trainer.accelerator` and `devices`.
+
+    Raises:
+        ConfigError: the machine has no such device.
+    """
+    if cohort_size(config) == 1:
+        return torch.device("cpu")  # each client's Trainer moves what it needs
+    chosen = {key: value for key, value in config.trainer.items() if key in ("accelerator", "devices")}
+    if not chosen:
+        return torch.device("cpu")
+    if chosen.get("devices", "auto") == "auto":
+        chosen["devices"] = 1
+    trainer = call(lambda **arguments: quiet_trainer(arguments), chosen, "trainer")
+    return torch.device(trainer.strategy.root_device)
+
+
+def build_autocast(config: Config) -> torch.dtype | None:
+    """The type of the half precision that cohorts fine-tune in; None is none."""
+    name = COHORT_PRECISIONS.get(str(config.trainer.get("precision", "32")))
+    return None if name is None else getattr(torch, name)
 
 
 def build_runtime(config: Config, data: FederatedDataModule, model: nn.Module, *, base_lr: float) -> ClientRuntime:
@@ -183,6 +206,8 @@ def build_runtime(config: Config, data: FederatedDataModule, model: nn.Module, *
         evaluation_statistics=config.client.evaluation_statistics,  # type: ignore[arg-type]  # likewise
         val_loss_fn=VALIDATION_LOSSES[config.client.validation_loss],
         cohort_size=cohort_size(config),
+        device=build_device(config),
+        autocast=build_autocast(config),
         seed=config.seed,
         trainer=config.trainer,
     )

@@ -26,12 +26,15 @@ class ComponentConfig:
 
 @dataclass
 class PretrainingConfig:
-    """How theta_g is made: FedAvg on the pretrain pool, or weights from a file."""
+    """How theta_g is made: FedAvg on a pool (the paper's CIFAR-10 takes the seen one), or weights from a file."""
 
     weights: str | None = None
+    pool: str = "pretrain"
     rounds: int = 40
+    client_fraction: float = 1.0
     epochs: int = 1
     lr: float = 0.1
+    lr_drops: list[int] = field(default_factory=list)  # rounds from which on the rate is a tenth
     momentum: float = 0.9
 
 
@@ -85,7 +88,7 @@ class FederationConfig:
     client_fraction: float = 0.1
     patience: int = 100
     engine: str = "local"
-    cohort_size: int | None = None  # null: 64, or 1 where trainer has more than limits
+    cohort_size: Any = "auto"  # or a number; 1, and auto where trainer needs one, give each client a Trainer
     validation_fraction: float = 1.0
     min_reply_fraction: float = 0.5
     meta_lr_decay: str = "none"
@@ -248,11 +251,15 @@ def check(config: Config) -> Config:
     federation, client, pretraining = config.federation, config.client, config.pretraining
     at_least("federation.rounds", federation.rounds, 0)
     at_least("federation.patience", federation.patience, 1)
-    cohort_size, beyond = federation.cohort_size, [key for key in config.trainer if not key.startswith("limit_")]
-    at_least("federation.cohort_size", 1 if cohort_size is None else cohort_size, 1)
-    alone = cohort_size in (None, 1) or not beyond
+    cohort_size, beyond = federation.cohort_size, trainer_only(config.trainer)
+    number = isinstance(cohort_size, int) and not isinstance(cohort_size, bool) and cohort_size >= 1
+    require(number or cohort_size == "auto", "federation.cohort_size", cohort_size, "'auto', or 1 or more")
+    alone = cohort_size in ("auto", 1) or not beyond
     require(
-        alone, "federation.cohort_size", cohort_size, f"1 or null, since trainer.{(beyond or [''])[0]} needs a Trainer"
+        alone,
+        "federation.cohort_size",
+        cohort_size,
+        f"1 or 'auto', since trainer.{(beyond or [''])[0]} needs a Trainer",
     )
     fraction("federation.client_fraction", federation.client_fraction)
     fraction("federation.validation_fraction", federation.validation_fraction)
@@ -272,7 +279,11 @@ def check(config: Config) -> Config:
     beta, base_lr = config.meta_nets.initial_beta, config.meta_nets.base_lr
     require(0 <= beta <= 1, "meta_nets.initial_beta", beta, "0 to 1")
     require(base_lr is None or math.isfinite(base_lr), "meta_nets.base_lr", base_lr, "a finite number or null")
+    one_of("pretraining.pool", pretraining.pool, ["pretrain", "seen"])
     at_least("pretraining.rounds", pretraining.rounds, 0)
+    fraction("pretraining.client_fraction", pretraining.client_fraction)
+    drops = pretraining.lr_drops
+    require(all(drop >= 1 for drop in drops), "pretraining.lr_drops", drops, "rounds, from 1")
     at_least("pretraining.epochs", pretraining.epochs, 1)
     require(0 < pretraining.lr < math.inf, "pretraining.lr", pretraining.lr, "above 0")
     require(0 <= pretraining.momentum < 1, "pretraining.momentum", pretraining.momentum, "from 0 to below 1")
@@ -283,6 +294,21 @@ def check(config: Config) -> Config:
     require(positive, "baselines.rates", rates, "two or more different positive rates")
     one_of("wandb.mode", config.wandb.mode, [None, "online", "offline", "disabled"])
     return config
+
+
+COHORT_PRECISIONS = {"32": None, "32-true": None, "bf16-mixed": "bfloat16", "16-mixed": "float16"}
+"""The values of `trainer.precision` that cohorts follow themselves, and the type of their autocast."""
+
+
+def trainer_only(trainer: dict[str, Any]) -> list[str]:
+    """The keys of `trainer` that only a Lightning Trainer follows, so that clients cannot go in cohorts."""
+    devices, precision = trainer.get("devices", 1), str(trainer.get("precision", "32"))
+    followed = {"accelerator"}
+    followed |= (
+        {"devices"} if devices in (1, "1", "auto") or (isinstance(devices, list) and len(devices) == 1) else set()
+    )
+    followed |= {"precision"} if precision in COHORT_PRECISIONS else set()
+    return [key for key in trainer if not key.startswith("limit_") and key not in followed]
 
 
 def to_yaml(config: Config) -> str:

@@ -14,7 +14,7 @@ from torch import nn
 
 from callbacks import MetricsFile, RoundProgress
 from fedl2p.baselines import FINE_TUNING, FixedRecipe, derangement, tune_rate
-from fedl2p.builders import build_data, build_estimator, build_model, build_runtime, check_trainer
+from fedl2p.builders import build_data, build_device, build_estimator, build_model, build_runtime, check_trainer
 from fedl2p.cohort import Evaluation
 from fedl2p.config import Config, to_yaml
 from fedl2p.errors import ConfigError, ModelError, RunFolderError
@@ -101,18 +101,30 @@ class Experiment:
         if path.exists():
             self._load_weights(path, "the run to resume")
             return model.eval()
-        if settings.rounds and self.data.pool("pretrain"):
+        pool = self.data.pool(settings.pool)
+        if settings.rounds and pool:
+            device = build_device(self.config)
+            self.data.to(device)
             training = LocalTraining(
                 self.data,
                 model,
                 epochs=settings.epochs,
                 lr=settings.lr,
                 momentum=settings.momentum,
+                device=device,
                 seed=self.config.seed,
             )
-            grid = LocalGrid(make_pretrain_app(training), self.data.pool("pretrain"))
+            grid = LocalGrid(make_pretrain_app(training), pool)
             with self._bar("Pretraining by FedAvg", settings.rounds) as advance:
-                model = pretrain(grid, model, rounds=settings.rounds, on_round=lambda number: advance())
+                model = pretrain(
+                    grid,
+                    model,
+                    rounds=settings.rounds,
+                    client_fraction=settings.client_fraction,
+                    lr_drops=settings.lr_drops,
+                    seed=self.config.seed,
+                    on_round=lambda number: advance(),
+                )
         write_tensors(path, model.state_dict(), {})
         return model.eval()
 
@@ -172,7 +184,7 @@ class Experiment:
         grid = LocalGrid(
             make_client_app(self.runtime),
             seen,
-            cohort_handlers=make_cohort_handlers(self.runtime) if self.runtime.cohort_size > 1 else None,
+            cohort_handlers=None if self.runtime.through_trainer else make_cohort_handlers(self.runtime),
         )
         strategy = FedL2PStrategy(
             like=self.runtime.lambda_(),

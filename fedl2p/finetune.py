@@ -4,7 +4,8 @@ Nothing here holds state or changes a tensor that the caller holds, so one funct
 `torch.vmap`, a cohort of clients.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -22,6 +23,25 @@ Batch = tuple[Tensor, Tensor]
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 RunningStart = Literal["measured", "zero_one"]
 EvaluationStatistics = Literal["running", "batch"]
+
+HALF_SCALE = 1024.0  # a power of two, so that scaling rounds nothing
+
+
+@contextmanager
+def _uncached_autocast() -> Iterator[None]:
+    """Keeps autocast from remembering casts of parameters: each step has new ones, and those under a transform end."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
+def _gradient_scale(device_type: str) -> float:
+    """What the training loss is multiplied by while it is differentiated: small gradients vanish in half precision."""
+    half = torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) == torch.float16
+    return HALF_SCALE if half else 1.0
 
 
 def expected_error(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -116,7 +136,8 @@ class FunctionalModel:
         state = {**parameters, **kept, **betas}
         # Modules may stand in several places, but no two share a tensor (convert_batchnorm), so nothing is tied.
         try:
-            outputs = functional_call(self.module, state, (inputs,), tie_weights=False)
+            with _uncached_autocast():
+                outputs = functional_call(self.module, state, (inputs,), tie_weights=False)
         finally:
             for layer in self._layers:
                 layer.differentiable_statistics = False
@@ -208,15 +229,19 @@ def inner_step(
         The new state, and the training loss before the step.
     """
     frozen = {name: p for name, p in state.parameters.items() if name not in rates}
+    scale = _gradient_scale(beta.device.type)
 
     def loss(trained: Tensors) -> tuple[Tensor, Tensors]:
-        return model.loss({**frozen, **trained}, state.buffers, beta, batch, training=True)
+        value, buffers = model.loss({**frozen, **trained}, state.buffers, beta, batch, training=True)
+        return value if scale == 1.0 else value * scale, buffers
 
     trained = {name: state.parameters[name] for name in rates}
     if trained:
         gradients, (value, buffers) = grad_and_value(loss, has_aux=True)(trained)
     else:
         gradients, (value, buffers) = {}, loss(trained)
+    if scale != 1.0:
+        value, gradients = value / scale, {name: g / scale for name, g in gradients.items()}
     moved = {name: trained[name] - rates[name] * gradients[name] for name in trained}
     # The model's own order of parameters is kept.
     return InnerState({name: moved.get(name, p) for name, p in state.parameters.items()}, buffers), value

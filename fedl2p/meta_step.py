@@ -96,7 +96,8 @@ def meta_step(
     tuned = finetune(model, client.start(origin), client.train_batches, beta, eta, history=history)
     loss_batch = client.train_batches[0] if client.train_batches else None
     problem = MetaProblem(tuned, client.train_batches, loss_batch, client.val_batches, beta, eta, statistics)
-    estimate = estimator(model, problem)
+    with torch.autocast(beta.device.type, enabled=False):  # products of gradients are too small for half precision
+        estimate = estimator(model, problem)
     (gradients,) = pull_back(Hyperparameters(estimate.beta, estimate.eta))
     sums = torch.stack([estimate.val_loss, *(g.sum() for g in gradients.values())])
     finite = torch.isfinite(sums).all()

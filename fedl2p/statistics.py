@@ -107,7 +107,8 @@ def collect_statistics(model: nn.Module, batches: Iterable[Any]) -> ClientStatis
             modules[name].beta = torch.zeros_like(beta)
         for batch in batches:
             inputs = (batch[0] if isinstance(batch, list | tuple) else batch).to(device)
-            model(inputs)
+            with torch.autocast(device.type, enabled=False):
+                model(inputs)
             num_samples += len(inputs)
     finally:
         for handle in handles:

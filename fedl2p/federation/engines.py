@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -16,6 +17,7 @@ from fedl2p.federation.client_app import PARTITION, CohortHandler, error_reply
 _RUN_ID = 1
 _SERVER_NODE = 1
 _FIRST_CLIENT_NODE = 2
+_TOGETHER = 256  # messages that cohorts are made of; more would only take memory
 
 
 @contextmanager
@@ -103,8 +105,13 @@ class LocalGrid(Grid):
         return [self._replies.pop(message_id) for message_id in message_ids if message_id in self._replies]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """Both; a timeout has no meaning here, since clients run in this process."""
-        return self.pull_messages(self.push_messages(messages))
+        """Both, a part of the messages at a time, so that not all replies have to be in memory at once.
+
+        A timeout has no meaning here, since clients run in this process.
+        """
+        rest = iter(messages)
+        while part := list(islice(rest, _TOGETHER if self._cohort_handlers else 1)):
+            yield from self.pull_messages(self.push_messages(part))
 
     def _answer(self, message_type: str, messages: Sequence[Message]) -> list[Message]:
         contexts = [self._contexts[message.metadata.dst_node_id] for message in messages]

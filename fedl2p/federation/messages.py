@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from torch import Tensor
 
 from fedl2p.errors import FederationError
 from fedl2p.finetune import Tensors
@@ -27,7 +26,7 @@ def to_arrays(tensors: Tensors) -> ArrayRecord:
 
 
 def from_arrays(arrays: ArrayRecord, like: Tensors) -> Tensors:
-    """The tensors of an ArrayRecord, in the names, order, types and shapes of `like`.
+    """The tensors of an ArrayRecord, in the names, order, types and shapes of `like`, on its device.
 
     Raises:
         FederationError: a name or a shape differs.
@@ -43,7 +42,7 @@ def from_arrays(arrays: ArrayRecord, like: Tensors) -> Tensors:
             raise FederationError(
                 f"Tensor '{name}' of a message has the shape {tuple(tensor.shape)}, expected {tuple(reference.shape)}."
             )
-        result[name] = tensor.to(reference.dtype)
+        result[name] = tensor.to(reference)
     return result
 
 
@@ -56,20 +55,41 @@ def reply(message: Message, *, arrays: Tensors | None = None, metrics: dict[str,
     return Message(content, reply_to=message)
 
 
-def instruction(kind: str, node_id: int, *, arrays: Tensors | None = None, config: dict[str, Any]) -> Message:
-    """A message to a node: a kind, tensors, and the values that the handler reads."""
+def instruction(
+    kind: str, node_id: int, *, arrays: Tensors | ArrayRecord | None = None, config: dict[str, Any]
+) -> Message:
+    """A message to a node: a kind, tensors, and the values that the handler reads.
+
+    Many messages may share one ArrayRecord, which then is in memory once.
+    """
     content = RecordDict({CONFIG: ConfigRecord(config)})
     if arrays is not None:
-        content[ARRAYS] = to_arrays(arrays)
+        content[ARRAYS] = arrays if isinstance(arrays, ArrayRecord) else to_arrays(arrays)
     return Message(content, dst_node_id=node_id, message_type=kind)
 
 
-def weighted_mean(parts: list[tuple[float, Tensors]]) -> Tensors:
-    """The mean of tensors by name with the given weights, summed in float64 in the given order; types are kept."""
-    total = sum(weight for weight, _ in parts)
-    mean: dict[str, Tensor] = {}
-    for name, reference in parts[0][1].items():
-        value = sum(weight / total * tensors[name].double() for weight, tensors in parts)
-        assert isinstance(value, Tensor)
-        mean[name] = value.round().to(reference.dtype) if not reference.is_floating_point() else value.to(reference)
-    return mean
+class WeightedMean:
+    """The mean of tensors by name with weights, summed in float64 as they come, so that one set is held, not all."""
+
+    def __init__(self) -> None:
+        """Starts with nothing."""
+        self.weight = 0.0
+        self._sums: Tensors = {}
+        self._like: Tensors = {}
+
+    def add(self, weight: float, tensors: Tensors) -> None:
+        """Takes one set in."""
+        if not self._like:
+            self._like = tensors
+            self._sums = {name: torch.zeros_like(t, dtype=torch.float64) for name, t in tensors.items()}
+        self.weight += weight
+        for name, total in self._sums.items():
+            total.add_(tensors[name], alpha=weight)
+
+    def result(self) -> Tensors:
+        """The mean, in the types of the first set; integers are rounded."""
+        means = {name: total / self.weight for name, total in self._sums.items()}
+        return {
+            name: (mean if self._like[name].is_floating_point() else mean.round()).to(self._like[name])
+            for name, mean in means.items()
+        }

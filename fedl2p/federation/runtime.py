@@ -1,10 +1,12 @@
 """What a client process knows and does: its data, the global model, and Algorithm 1's client side."""
 
+import contextlib
 import copy
 import logging
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -12,8 +14,8 @@ import torch
 from torch import nn
 
 from fedl2p.client import FedL2PClient, Limit, inner_batches, limited
-from fedl2p.cohort import ClientTask, CohortRunner, Evaluation, MetaUpdate
-from fedl2p.finetune import EvaluationStatistics, FunctionalModel, LossFunction, RunningStart, Tensors
+from fedl2p.cohort import ClientTask, CohortRunner, Evaluation, MetaUpdate, automatic_cohort_size
+from fedl2p.finetune import Batch, EvaluationStatistics, FunctionalModel, LossFunction, RunningStart, Tensors
 from fedl2p.hypergradients import HypergradientEstimator
 from fedl2p.meta_nets import Hyperparameters, MetaNets
 from fedl2p.meta_step import META_LR
@@ -32,6 +34,7 @@ class ClientRuntime:
         model: theta_g as a function.
         meta_nets: the structure of the nets, with the standardization of their inputs.
         runner: passes clients through the core in cohorts.
+        automatic_sizes: the cohort sizes that were chosen, by samples in a training batch.
     """
 
     def __init__(
@@ -48,7 +51,9 @@ class ClientRuntime:
         running_start: RunningStart = "measured",
         evaluation_statistics: EvaluationStatistics = "running",
         val_loss_fn: LossFunction | None = None,
-        cohort_size: int = 64,
+        cohort_size: int | None = None,
+        device: torch.device | str = "cpu",
+        autocast: torch.dtype | None = None,
         seed: int = 0,
         trainer: dict[str, Any] | None = None,
     ) -> None:
@@ -66,13 +71,18 @@ class ClientRuntime:
             running_start: see `initial_running`.
             evaluation_statistics: of FedL2P's validation and testing, see `evaluation_loss`.
             val_loss_fn: L_V; None is the training loss.
-            cohort_size: the most clients in one vmapped call; 1 runs each client through `Trainer.fit`.
+            cohort_size: the most clients in one vmapped call; None follows `automatic_cohort_size`, 1 runs each client
+                through `Trainer.fit`.
+            device: where cohorts run.
+            autocast: the half precision of cohorts' fine-tuning; None is none.
             seed: of the run; batch orders follow from it, the round and the client.
             trainer: arguments of the Lightning Trainer.
         """
         self.data = data
-        self.model = FunctionalModel.of(model.requires_grad_(False), val_loss_fn=val_loss_fn)
-        self.meta_nets = meta_nets
+        self.device = torch.device(device)
+        self.autocast = autocast
+        self.model = FunctionalModel.of(model.requires_grad_(False).to(self.device), val_loss_fn=val_loss_fn)
+        self.meta_nets = meta_nets.to(self.device)
         self.estimator = estimator
         self.meta_iterations = meta_iterations
         self.finetune_epochs = finetune_epochs
@@ -83,9 +93,15 @@ class ClientRuntime:
         self.cohort_size = cohort_size
         self.seed = seed
         self.trainer_arguments = dict(trainer or {})
-        self.runner = CohortRunner(self.model, cohort_size=cohort_size, running_start=running_start)
+        self.runner = CohortRunner(self.model, running_start=running_start)
+        self.automatic_sizes: dict[int, int] = {}
         self._statistics: dict[int, ClientStatistics] = {}
-        self._tasks: dict[int, ClientTask] = {}
+        data.to(self.device)
+
+    @property
+    def through_trainer(self) -> bool:
+        """Whether each client learns as a `FedL2PClient` in a Trainer of its own instead of in a cohort."""
+        return self.cohort_size == 1
 
     def statistics(self, client_id: int) -> ClientStatistics:
         """A client's statistics, collected at the first call."""
@@ -108,24 +124,60 @@ class ClientRuntime:
         """The client's K meta iterations of a round: the same data in new orders that follow from the seed."""
         client = self.data.client(client_id, seed=derive_seed(self.seed, phase, round_number, client_id))
         loader = client.train_dataloader()
-        val = limited(client.val_dataloader(), self._limit("val") or None)
+        val = self._batches(client.val_dataloader(), self._limit("val") or None)
         statistics = self.statistics(client_id)
-        return [
-            ClientTask(statistics, inner_batches(loader, self.finetune_epochs, self._limit("train")), val, [])
-            for _ in range(self.meta_iterations)
-        ]
+        return [ClientTask(statistics, self._inner_batches(loader), val, []) for _ in range(self.meta_iterations)]
 
-    def personal_task(self, client_id: int) -> ClientTask:
-        """The client's personalization, in one fixed order of batches, so that recipes are compared on equal terms."""
-        if client_id not in self._tasks:
-            client = self.data.client(client_id, seed=derive_seed(self.seed, "personalize", client_id))
-            self._tasks[client_id] = ClientTask(
-                self.statistics(client_id),
-                inner_batches(client.train_dataloader(), self.finetune_epochs, self._limit("train")),
-                limited(client.val_dataloader(), self._limit("val") or None),
-                limited(client.test_dataloader(), self._limit("test")),
+    def personal_task(self, client_id: int, parts: Sequence[str]) -> ClientTask:
+        """The client's personalization, in one fixed order of batches, so that recipes are compared on equal terms.
+
+        Args:
+            client_id: whose.
+            parts: which of `val` and `test` to bring.
+        """
+        client = self.data.client(client_id, seed=derive_seed(self.seed, "personalize", client_id))
+        return ClientTask(
+            self.statistics(client_id),
+            self._inner_batches(client.train_dataloader()),
+            self._batches(client.val_dataloader(), self._limit("val") or None) if "val" in parts else [],
+            self._batches(client.test_dataloader(), self._limit("test")) if "test" in parts else [],
+        )
+
+    def _inner_batches(self, loader: Iterable[Batch]) -> list[Batch]:
+        return self._on_device(inner_batches(loader, self.finetune_epochs, self._limit("train")))
+
+    def _batches(self, loader: Iterable[Batch], limit: Limit) -> list[Batch]:
+        return self._on_device(limited(loader, limit))
+
+    def _on_device(self, batches: list[Batch]) -> list[Batch]:
+        return [(x.to(self.device), y.to(self.device)) for x, y in batches]
+
+    def _cohorts(self, client_ids: Sequence[int]) -> Iterator[list[int]]:
+        """Positions of clients that go through the core together: of equal sizes, and not more than memory likes.
+
+        Their batches are made when their turn comes, so memory does not grow with the number of clients.
+        """
+        by_size: dict[tuple[int, ...], list[int]] = {}
+        for position, client_id in enumerate(client_ids):
+            by_size.setdefault(self.data.client_sizes(client_id), []).append(position)
+        for (num_samples, *_), positions in by_size.items():
+            size = self.cohort_size or self._automatic_size(min(num_samples, self.data.batch_size))
+            for start in range(0, len(positions), size):
+                yield positions[start : start + size]
+
+    def _automatic_size(self, batch_size: int) -> int:
+        if batch_size not in self.automatic_sizes:
+            inputs = torch.zeros((batch_size, *self.data.input_shape), device=self.device)
+            steps = self.finetune_epochs  # at least; clients with more than one batch keep more
+            self.automatic_sizes[batch_size] = automatic_cohort_size(
+                self.model, inputs, history=self.estimator.history(steps)
             )
-        return self._tasks[client_id]
+        return self.automatic_sizes[batch_size]
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        if self.autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast)
 
     def meta_update(
         self,
@@ -150,21 +202,26 @@ class ClientRuntime:
         """
         torch.manual_seed(derive_seed(self.seed, phase, round_number, *client_ids))
         meta_lr = {group: rate * meta_lr_scale for group, rate in self.meta_lr.items()}
-        if self.cohort_size == 1:
+        if self.through_trainer:
             return [
                 self._fit(lambda_, client_id, derive_seed(self.seed, phase, round_number, client_id), meta_lr)
                 for lambda_, client_id in zip(lambdas, client_ids, strict=True)
             ]
-        tasks = [self.meta_tasks(client_id, phase, round_number) for client_id in client_ids]
-        return self.runner.meta_update(
-            self.meta_nets,
-            self.estimator,
-            lambdas,
-            list(zip(*tasks, strict=True)),
-            meta_lr=meta_lr,
-            clip_value=self.clip_value,
-            statistics=self.evaluation_statistics,
-        )
+        updates: dict[int, MetaUpdate] = {}
+        for positions in self._cohorts(client_ids):
+            tasks = [self.meta_tasks(client_ids[i], phase, round_number) for i in positions]
+            with self._precision():
+                done = self.runner.meta_update(
+                    self.meta_nets,
+                    self.estimator,
+                    [lambdas[i] for i in positions],
+                    list(zip(*tasks, strict=True)),
+                    meta_lr=meta_lr,
+                    clip_value=self.clip_value,
+                    statistics=self.evaluation_statistics,
+                )
+            updates |= dict(zip(positions, done, strict=True))
+        return [updates[i] for i in range(len(client_ids))]
 
     def evaluate(
         self,
@@ -178,8 +235,14 @@ class ClientRuntime:
         """Personalizes clients and measures them, see `CohortRunner.evaluate`; `statistics` None is FedL2P's."""
         statistics = statistics or self.evaluation_statistics
         torch.manual_seed(derive_seed(self.seed, "evaluate", *client_ids))
-        tasks = [self.personal_task(client_id) for client_id in client_ids]
-        return self.runner.evaluate(tasks, recipes, parts=parts, statistics=statistics, finetune=finetune)
+        results: dict[int, dict[str, Evaluation]] = {}
+        for positions in self._cohorts(client_ids):
+            tasks = [self.personal_task(client_ids[i], parts) for i in positions]
+            chosen = [recipes[i] for i in positions]
+            with self._precision():
+                done = self.runner.evaluate(tasks, chosen, parts=parts, statistics=statistics, finetune=finetune)
+            results |= dict(zip(positions, done, strict=True))
+        return [results[i] for i in range(len(client_ids))]
 
     def _fit(self, lambda_: Tensors, client_id: int, seed: int, meta_lr: dict[str, float]) -> MetaUpdate:
         """One client as a LightningModule in a Trainer, which may move and cast the copies that it is given."""

@@ -1,7 +1,7 @@
 """The Flower strategy of Algorithm 1: who takes part, and how their lambdas become one."""
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,10 +21,10 @@ from fedl2p.federation.messages import (
     META_TRAIN,
     METRICS,
     NUM_SAMPLES,
+    WeightedMean,
     from_arrays,
     instruction,
     to_arrays,
-    weighted_mean,
 )
 from fedl2p.finetune import Tensors
 from fedl2p.seeding import derive_seed
@@ -152,26 +152,35 @@ class FedL2PStrategy(Strategy):
         Raises:
             FederationError: too few usable replies.
         """
-        good: list[tuple[Participant, Tensors, MetricRecord]] = []
-        for participant, message in self._sorted(replies):
-            try:
-                tensors = from_arrays(message.content.array_records[ARRAYS], self.like)
-            except FederationError as error:
-                self.failures[self.names[participant.client_id]] = str(error)
-                continue
-            bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
-            if bad:
-                self.failures[self.names[participant.client_id]] = f"the update of '{bad[0]}' is not finite"
-            else:
-                good.append((participant, tensors, message.content.metric_records[METRICS]))
-        self._require_enough(server_round, len(good))
-        mean = weighted_mean([(p.num_samples, tensors) for p, tensors, _ in good])
-        self.skipped_steps = sum(int(_number(metrics, "skipped-steps")) for _, _, metrics in good)
-        losses = [(p.num_samples, _number(metrics, "meta-loss")) for p, _, metrics in good]
+        mean = WeightedMean()
+        clients: list[int] = []
+        losses: list[tuple[int, float]] = []
+        self.skipped_steps = 0
+        for participant, message in self._in_order(replies):
+            tensors = self._usable(participant, message)
+            if tensors is not None:
+                metrics = message.content.metric_records[METRICS]
+                mean.add(participant.num_samples, tensors)
+                clients.append(participant.client_id)
+                losses.append((participant.num_samples, _number(metrics, "meta-loss")))
+                self.skipped_steps += int(_number(metrics, "skipped-steps"))
+        self._require_enough(server_round, len(clients))
         finite = [(n, loss) for n, loss in losses if math.isfinite(loss)]
         meta_loss = sum(n * loss for n, loss in finite) / sum(n for n, _ in finite) if finite else math.nan
-        clients = [p.client_id for p, _, _ in good]
-        return to_arrays(mean), MetricRecord({"meta-loss": meta_loss, "clients": clients})
+        return to_arrays(mean.result()), MetricRecord({"meta-loss": meta_loss, "clients": clients})
+
+    def _usable(self, participant: Participant, message: Message) -> Tensors | None:
+        """A client's lambda; None, and a failure, where it is not what was asked for or not finite."""
+        name = self.names[participant.client_id]
+        try:
+            tensors = from_arrays(message.content.array_records[ARRAYS], self.like)
+        except FederationError as error:
+            self.failures[name] = str(error)
+            return None
+        bad = [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+        if bad:
+            self.failures[name] = f"the update of '{bad[0]}' is not finite"
+        return None if bad else tensors
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -189,7 +198,7 @@ class FedL2PStrategy(Strategy):
         """
         good = [
             (p.num_samples, _number(message.content.metric_records[METRICS], "val-loss"))
-            for p, message in self._sorted(replies)
+            for p, message in self._in_order(replies)
         ]
         self._require_enough(server_round, len(good))
         loss = sum(n * value for n, value in good) / sum(n for n, _ in good)
@@ -207,26 +216,29 @@ class FedL2PStrategy(Strategy):
         config: dict[str, float],
     ) -> list[Message]:
         self._asked, self.failures = list(chosen), {}
-        tensors = from_arrays(arrays, self.like)
         return [
-            instruction(kind, p.node_id, arrays=tensors, config={"server-round": server_round, **config})
-            for p in chosen
+            instruction(kind, p.node_id, arrays=arrays, config={"server-round": server_round, **config}) for p in chosen
         ]
 
-    def _sorted(self, replies: Iterable[Message]) -> list[tuple[Participant, Message]]:
-        """Replies without an error, in the order of client ids; errors and silence become failures."""
-        by_node = {message.metadata.src_node_id: message for message in replies}
-        good: list[tuple[Participant, Message]] = []
+    def _in_order(self, replies: Iterable[Message]) -> Iterator[tuple[Participant, Message]]:
+        """Replies without an error, in the order of client ids; errors and silence become failures.
+
+        Only replies that come before their turn wait, so an engine that answers in order keeps one in memory.
+        """
+        early: dict[int, Message] = {}
+        stream = iter(replies)
         for participant in self._asked:
-            message = by_node.get(participant.node_id)
+            node_id = participant.node_id
+            while node_id not in early and (message := next(stream, None)) is not None:
+                early[message.metadata.src_node_id] = message
+            reply = early.pop(node_id, None)
             name = self.names[participant.client_id]
-            if message is None:
+            if reply is None:
                 self.failures[name] = "no reply"
-            elif message.has_error():
-                self.failures[name] = message.error.reason or "an error without a reason"
+            elif reply.has_error():
+                self.failures[name] = reply.error.reason or "an error without a reason"
             else:
-                good.append((participant, message))
-        return good
+                yield participant, reply
 
     def _require_enough(self, server_round: int, good: int) -> None:
         needed = max(1, math.ceil(self.min_reply_fraction * len(self._asked)))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fedl2p.errors import FederationError
 from fedl2p.federation.engines import flower_run
-from fedl2p.federation.messages import from_arrays, instruction, reply, to_arrays, weighted_mean
+from fedl2p.federation.messages import WeightedMean, from_arrays, instruction, reply, to_arrays
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +82,19 @@ def test_instruction_and_reply_carry_tensors_and_numbers() -> None:
     answer = reply(message, metrics={"loss": 0.5})
     assert answer.content.metric_records["metrics"]["loss"] == 0.5
     assert not answer.content.array_records
+
+
+def test_instructions_may_share_one_record() -> None:
+    record = to_arrays({"a": torch.ones(2)})
+    messages = [instruction("train.meta", node, arrays=record, config={}) for node in (1, 2)]
+    assert all(message.content.array_records["arrays"] is record for message in messages)
+
+
+def weighted_mean(parts: list[tuple[float, dict[str, torch.Tensor]]]) -> dict[str, torch.Tensor]:
+    mean = WeightedMean()
+    for weight, tensors in parts:
+        mean.add(weight, tensors)
+    return mean.result()
 
 
 def test_the_mean_is_weighted_and_keeps_types() -> None:

@@ -100,7 +100,7 @@ class Federation:
             "seed": 3,
         }
         self.runtime = Faulty(data, model, MetaNets(model, base_lr=0.1), **(settings | (runtime or {})))
-        handlers = make_cohort_handlers(self.runtime) if self.runtime.cohort_size > 1 else None
+        handlers = None if self.runtime.through_trainer else make_cohort_handlers(self.runtime)
         self.grid = LocalGrid(make_client_app(self.runtime), data.pool("seen"), cohort_handlers=handlers)
         self.strategy = FedL2PStrategy(
             **{  # type: ignore[arg-type]
