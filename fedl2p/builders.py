@@ -1,22 +1,30 @@
 """From the configuration to objects: the only place, beside the command line, that knows its keys."""
 
+import functools
 import importlib
 import inspect
+from pathlib import Path
 from typing import Any
 
 import torch
+from flwr.clientapp import ClientApp
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from datamodules.federated import FederatedDataModule
 from fedl2p.batchnorm import convert_batchnorm
-from fedl2p.config import COHORT_PRECISIONS, ComponentConfig, Config, trainer_only
+from fedl2p.config import COHORT_PRECISIONS, ComponentConfig, Config, from_yaml, to_yaml, trainer_only
 from fedl2p.errors import ConfigError, DataError, FedL2PError
+from fedl2p.federation.checkpoint import load_tensors
+from fedl2p.federation.client_app import add_identity_handler, add_meta_handlers
 from fedl2p.federation.runtime import ClientRuntime, quiet_trainer
 from fedl2p.finetune import VALIDATION_LOSSES
 from fedl2p.hypergradients import ESTIMATORS, HypergradientEstimator
 from fedl2p.meta_nets import MetaNets
+from fedl2p.pretraining.fedavg import LocalTraining, add_pretrain_handler
 from fedl2p.seeding import derive_seed
+
+GLOBAL_MODEL = "global_model.safetensors"  # in a run's folder
 
 
 def import_class(path: str, key: str) -> type:
@@ -174,7 +182,68 @@ def build_autocast(config: Config) -> torch.dtype | None:
     return None if name is None else getattr(torch, name)
 
 
-def build_runtime(config: Config, data: FederatedDataModule, model: nn.Module, *, base_lr: float) -> ClientRuntime:
+def build_training(config: Config, data: FederatedDataModule, model: nn.Module) -> LocalTraining:
+    """The clients' side of FedAvg."""
+    settings, device = config.pretraining, build_device(config)
+    data.to(device)
+    return LocalTraining(
+        data,
+        model,
+        epochs=settings.epochs,
+        lr=settings.lr,
+        momentum=settings.momentum,
+        device=device,
+        seed=config.seed,
+    )
+
+
+def build_remote_app(config: Config, folder: Path) -> ClientApp:
+    """The app of clients in other processes, which build data, model and nets anew, once a process.
+
+    Args:
+        config: of the run.
+        folder: the run's, where those processes find theta_g, and keep statistics.
+    """
+    app = ClientApp()
+    key = to_yaml(config), str(folder.absolute())
+    add_identity_handler(app)
+    add_pretrain_handler(app, lambda: _remote_training(*key))
+    add_meta_handlers(app, lambda: _remote_runtime(*key))
+    return app
+
+
+# An app comes anew with each message, so what its process has built is kept here.
+
+
+@functools.cache
+def _remote_data(config_yaml: str) -> tuple[Config, FederatedDataModule]:
+    config = from_yaml(config_yaml)
+    torch.set_num_threads(config.threads or 1)
+    return config, build_data(config)
+
+
+@functools.cache
+def _remote_training(config_yaml: str, folder: str) -> LocalTraining:
+    config, data = _remote_data(config_yaml)
+    return build_training(config, data, build_model(config))
+
+
+@functools.cache
+def _remote_runtime(config_yaml: str, folder: str) -> ClientRuntime:
+    config, data = _remote_data(config_yaml)
+    model = build_model(config)
+    model.load_state_dict(load_tensors(Path(folder) / GLOBAL_MODEL))
+    return build_runtime(config, data, model, base_lr=0.0, statistics_folder=Path(folder) / "statistics")
+
+
+def build_runtime(
+    config: Config,
+    data: FederatedDataModule,
+    model: nn.Module,
+    *,
+    base_lr: float,
+    statistics_folder: Path | None = None,
+) -> ClientRuntime:
     """The clients' side, with new nets.
 
     Args:
@@ -182,6 +251,7 @@ def build_runtime(config: Config, data: FederatedDataModule, model: nn.Module, *
         data: set up.
         model: theta_g, pretrained, not converted.
         base_lr: initial eta~.
+        statistics_folder: see `ClientRuntime`.
     """
     converted = convert_batchnorm(model)
     torch.manual_seed(derive_seed(config.seed, "meta_nets"))
@@ -210,4 +280,5 @@ def build_runtime(config: Config, data: FederatedDataModule, model: nn.Module, *
         autocast=build_autocast(config),
         seed=config.seed,
         trainer=config.trainer,
+        statistics_folder=statistics_folder,
     )

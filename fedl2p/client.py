@@ -215,8 +215,11 @@ class FedL2PClient(L.LightningModule):
         self.val_losses.append(float(step.val_loss))
         self.hyperparameters = step.hyperparameters
         if bool(step.finite):
+            # Lightning takes the factor of half precision off again before it steps.
+            scaler = getattr(self.trainer.precision_plugin, "scaler", None)
             for name, parameter in parameters.items():
-                parameter.grad = step.gradients[name]
+                gradient = step.gradients[name]
+                parameter.grad = gradient if scaler is None else scaler.scale(gradient)
             cast(torch.optim.Optimizer, optimizer).step()
         else:
             self.skipped_steps += 1

@@ -81,6 +81,14 @@ class MetaNetsConfig:
 
 
 @dataclass
+class RayConfig:
+    """What engine `ray` gives a client that is running; fractions of a GPU are shared."""
+
+    num_cpus: float = 1.0
+    num_gpus: float = 0.0
+
+
+@dataclass
 class FederationConfig:
     """The rounds."""
 
@@ -88,6 +96,7 @@ class FederationConfig:
     client_fraction: float = 0.1
     patience: int = 100
     engine: str = "local"
+    ray: RayConfig = field(default_factory=RayConfig)
     cohort_size: Any = "auto"  # or a number; 1, and auto where trainer needs one, give each client a Trainer
     validation_fraction: float = 1.0
     min_reply_fraction: float = 0.5
@@ -264,7 +273,9 @@ def check(config: Config) -> Config:
     fraction("federation.client_fraction", federation.client_fraction)
     fraction("federation.validation_fraction", federation.validation_fraction)
     fraction("federation.min_reply_fraction", federation.min_reply_fraction)
-    one_of("federation.engine", federation.engine, ["local"])
+    one_of("federation.engine", federation.engine, ["local", "ray"])
+    require(federation.ray.num_cpus > 0, "federation.ray.num_cpus", federation.ray.num_cpus, "above 0")
+    at_least("federation.ray.num_gpus", federation.ray.num_gpus, 0)
     one_of("federation.meta_lr_decay", federation.meta_lr_decay, ["none", "cosine"])
     at_least("client.finetune_epochs", client.finetune_epochs, 1)
     at_least("client.meta_iterations", client.meta_iterations, 1)
@@ -314,3 +325,10 @@ def trainer_only(trainer: dict[str, Any]) -> list[str]:
 def to_yaml(config: Config) -> str:
     """The configuration as YAML, resolved."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def from_yaml(text: str) -> Config:
+    """What `to_yaml` made of a configuration, again."""
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(text)))
+    assert isinstance(config, Config)
+    return config

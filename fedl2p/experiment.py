@@ -5,16 +5,26 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from flwr.serverapp import Grid
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from callbacks import MetricsFile, RoundProgress
 from fedl2p.baselines import FINE_TUNING, FixedRecipe, derangement, tune_rate
-from fedl2p.builders import build_data, build_device, build_estimator, build_model, build_runtime, check_trainer
+from fedl2p.builders import (
+    GLOBAL_MODEL,
+    build_data,
+    build_estimator,
+    build_model,
+    build_remote_app,
+    build_runtime,
+    build_training,
+    check_trainer,
+)
 from fedl2p.cohort import Evaluation
 from fedl2p.config import Config, to_yaml
 from fedl2p.errors import ConfigError, ModelError, RunFolderError
@@ -23,16 +33,19 @@ from fedl2p.federation.client_app import make_client_app, make_cohort_handlers
 from fedl2p.federation.engines import LocalGrid, flower_run
 from fedl2p.federation.rounds import MetaState, RoundCallback
 from fedl2p.federation.server import run_rounds, standardize_inputs
+from fedl2p.federation.simulation import require_ray, simulate
 from fedl2p.federation.strategy import FedL2PStrategy, decayed
 from fedl2p.finetune import EvaluationStatistics, Tensors
 from fedl2p.meta_nets import Hyperparameters
 from fedl2p.policy import policy_metadata
-from fedl2p.pretraining.fedavg import LocalTraining, make_pretrain_app, pretrain
+from fedl2p.pretraining.fedavg import make_pretrain_app, pretrain
 from fedl2p.results import MethodResult, client_table
 from fedl2p.run_folder import RunFolder
 from fedl2p.seeding import derive_seed
 
 POOLS = ("seen", "unseen")
+
+Result = TypeVar("Result")
 
 
 class Experiment:
@@ -66,6 +79,8 @@ class Experiment:
         self.folder.require_usable(resume=resume)
         self.resume = resume
         check_trainer(config)
+        if config.federation.engine == "ray":
+            require_ray()
         build_estimator(config)
         self.data = build_data(config)
         self.model = build_model(config)
@@ -96,35 +111,29 @@ class Experiment:
     # Stage 1: theta_g
 
     def _pretrained(self) -> nn.Module:
-        path, settings = self.folder.path / "global_model.safetensors", self.config.pretraining
+        path, settings = self.folder.path / GLOBAL_MODEL, self.config.pretraining
         model = self.model
         if path.exists():
             self._load_weights(path, "the run to resume")
             return model.eval()
         pool = self.data.pool(settings.pool)
         if settings.rounds and pool:
-            device = build_device(self.config)
-            self.data.to(device)
-            training = LocalTraining(
-                self.data,
-                model,
-                epochs=settings.epochs,
-                lr=settings.lr,
-                momentum=settings.momentum,
-                device=device,
-                seed=self.config.seed,
-            )
-            grid = LocalGrid(make_pretrain_app(training), pool)
             with self._bar("Pretraining by FedAvg", settings.rounds) as advance:
-                model = pretrain(
-                    grid,
-                    model,
-                    rounds=settings.rounds,
-                    client_fraction=settings.client_fraction,
-                    lr_drops=settings.lr_drops,
-                    seed=self.config.seed,
-                    on_round=lambda number: advance(),
-                )
+
+                def work(grid: Grid) -> nn.Module:
+                    return pretrain(
+                        grid,
+                        model,
+                        client_ids=pool,
+                        rounds=settings.rounds,
+                        client_fraction=settings.client_fraction,
+                        lr_drops=settings.lr_drops,
+                        seed=self.config.seed,
+                        on_round=lambda number: advance(),
+                    )
+
+                training = build_training(self.config, self.data, model)
+                model = self._on_grid(work, lambda: LocalGrid(make_pretrain_app(training), pool))
         write_tensors(path, model.state_dict(), {})
         return model.eval()
 
@@ -181,11 +190,6 @@ class Experiment:
         config, seen = self.config.federation, self.data.pool("seen")
         with torch.no_grad():
             self.runtime.meta_nets.base_lr.fill_(self.base_lr())
-        grid = LocalGrid(
-            make_client_app(self.runtime),
-            seen,
-            cohort_handlers=None if self.runtime.through_trainer else make_cohort_handlers(self.runtime),
-        )
         strategy = FedL2PStrategy(
             like=self.runtime.lambda_(),
             names={client_id: self.data.clients[client_id].name for client_id in seen},
@@ -196,24 +200,31 @@ class Experiment:
             meta_lr_decay=config.meta_lr_decay,  # type: ignore[arg-type]  # checked by config.check
             seed=self.config.seed,
         )
-        strategy.discover(grid)
-        if self.config.meta_nets.standardize:
-            standardize_inputs(self.runtime.meta_nets, strategy)
         initial = self.runtime.lambda_()
         state = load_state(self.folder.checkpoints) or MetaState(lambda_=initial, best_lambda=initial)
-        run_rounds(
-            grid,
-            strategy,
-            state,
-            rounds=config.rounds,
-            patience=config.patience,
-            callbacks=[
-                RoundProgress(console=self.console),
-                MetricsFile(path=self.folder.path / "metrics.jsonl"),
-                *callbacks,
-            ],
-            save=lambda current: save_state(self.folder.checkpoints, current),
-        )
+
+        def work(grid: Grid) -> MetaState:
+            strategy.discover(grid)
+            if self.config.meta_nets.standardize:
+                standardize_inputs(self.runtime.meta_nets, strategy)
+            strategy.net_inputs = dict(self.runtime.meta_nets.named_buffers())
+            return run_rounds(
+                grid,
+                strategy,
+                state,
+                rounds=config.rounds,
+                patience=config.patience,
+                callbacks=[
+                    RoundProgress(console=self.console),
+                    MetricsFile(path=self.folder.path / "metrics.jsonl"),
+                    *callbacks,
+                ],
+                save=lambda current: save_state(self.folder.checkpoints, current),
+            )
+
+        together = None if self.runtime.through_trainer else make_cohort_handlers(self.runtime)
+        app = make_client_app(self.runtime)
+        self._on_grid(work, lambda: LocalGrid(app, seen, cohort_handlers=together))
         self._save_policy(state.best_lambda)
         return state
 
@@ -322,6 +333,19 @@ class Experiment:
         return others
 
     # What the stages share
+
+    def _on_grid(self, work: Callable[[Grid], Result], local: Callable[[], LocalGrid]) -> Result:
+        """Does the server's work on the engine that is configured."""
+        settings = self.config.federation
+        if settings.engine == "local":
+            return work(local())
+        return simulate(
+            build_remote_app(self.config, self.folder.path),
+            work,
+            num_clients=len(self.data.clients),
+            num_cpus=settings.ray.num_cpus,
+            num_gpus=settings.ray.num_gpus,
+        )
 
     def _check_model(self) -> None:
         """One batch through the model, so that a wrong shape is found before anything is written."""

@@ -201,8 +201,10 @@ class MetaNets(nn.Module):
         Returns:
             beta (..., B) and eta (..., P).
         """
-        beta = bn_divergence if self.bn_net is None else self.bn_net(self._with_count(bn_divergence, num_samples))
-        multiplier = self.lr_net(self._with_count(layer_moments, num_samples))
+        # A recipe is a handful of numbers that everything depends on: half precision is not for it.
+        with torch.autocast(layer_moments.device.type, enabled=False):
+            beta = bn_divergence if self.bn_net is None else self.bn_net(self._with_count(bn_divergence, num_samples))
+            multiplier = self.lr_net(self._with_count(layer_moments, num_samples))
         return Hyperparameters(beta=beta, eta=multiplier * self.base_lr)
 
     def _with_count(self, inputs: Tensor, num_samples: Tensor | None) -> Tensor:

@@ -98,7 +98,7 @@ def meta_step(
     problem = MetaProblem(tuned, client.train_batches, loss_batch, client.val_batches, beta, eta, statistics)
     with torch.autocast(beta.device.type, enabled=False):  # products of gradients are too small for half precision
         estimate = estimator(model, problem)
-    (gradients,) = pull_back(Hyperparameters(estimate.beta, estimate.eta))
+        (gradients,) = pull_back(Hyperparameters(estimate.beta, estimate.eta))
     sums = torch.stack([estimate.val_loss, *(g.sum() for g in gradients.values())])
     finite = torch.isfinite(sums).all()
     gradients = {

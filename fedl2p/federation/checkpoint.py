@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from fedl2p.errors import RunFolderError
 from fedl2p.federation.rounds import MetaState, RoundRecord
 from fedl2p.finetune import Tensors
+from fedl2p.statistics import ClientStatistics
 
 FILE_NAME = "rounds.safetensors"
 
@@ -35,7 +36,8 @@ def save_state(folder: Path, state: MetaState) -> None:
 
 def write_tensors(path: Path, tensors: Tensors, metadata: dict[str, str]) -> None:
     """Writes a safetensors file atomically."""
-    temporary = path.with_name(path.name + ".tmp")
+    # Several processes may write the same statistics.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     # safetensors refuses tensors that share memory, as the current and the best lambda may.
     save_file(
         {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()},
@@ -73,6 +75,34 @@ def _read(path: Path) -> tuple[Tensors, dict[str, str]]:
         raise RunFolderError(
             f"The file {path} is damaged or no safetensors file ({error}); delete or replace it."
         ) from error
+
+
+def save_statistics(path: Path, statistics: ClientStatistics) -> None:
+    """Keeps a client's statistics for processes that come later."""
+    tensors = {"bn_divergence": statistics.bn_divergence, "layer_moments": statistics.layer_moments}
+    tensors |= {f"mean/{name}": t for name, t in statistics.channel_mean.items()}
+    tensors |= {f"var/{name}": t for name, t in statistics.channel_var.items()}
+    # Names in their order: safetensors sorts its own.
+    names = json.dumps(list(statistics.channel_mean))
+    write_tensors(path, tensors, {"num_samples": str(statistics.num_samples), "batchnorm_names": names})
+
+
+def load_statistics(path: Path, device: torch.device | str) -> ClientStatistics:
+    """What `save_statistics` wrote, on a device.
+
+    Raises:
+        RunFolderError: the file is damaged.
+    """
+    tensors, metadata = _read(path)
+    tensors = {name: t.to(device) for name, t in tensors.items()}
+    names = json.loads(metadata["batchnorm_names"])
+    return ClientStatistics(
+        bn_divergence=tensors["bn_divergence"],
+        layer_moments=tensors["layer_moments"],
+        channel_mean={name: tensors[f"mean/{name}"] for name in names},
+        channel_var={name: tensors[f"var/{name}"] for name in names},
+        num_samples=int(metadata["num_samples"]),
+    )
 
 
 def load_state(folder: Path) -> MetaState | None:

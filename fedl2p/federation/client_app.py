@@ -5,49 +5,95 @@ from collections.abc import Callable, Sequence
 
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
 
+from fedl2p.errors import FederationError
 from fedl2p.federation.messages import (
     ARRAYS,
     CONFIG,
+    IDENTIFY,
     META_EVALUATE,
     META_TRAIN,
+    METRICS,
+    NET_INPUTS,
     NUM_SAMPLES,
+    PARTITION,
     from_arrays,
+    instruction,
     reply,
 )
 from fedl2p.federation.runtime import ClientRuntime
+from fedl2p.finetune import Tensors
 
-PARTITION = "partition-id"
 CLIENT_ERROR = 2  # Flower's code for an exception in a ClientApp
 
 CohortHandler = Callable[[Sequence[Message], Sequence[Context]], list[Message]]
 
 
 def make_client_app(runtime: ClientRuntime) -> ClientApp:
-    """The app of a node that holds the client `context.node_config["partition-id"]`.
+    """The app of a node that holds the client `context.node_config["partition-id"]`; see `add_meta_handlers`."""
+    app = ClientApp()
+    add_identity_handler(app)
+    add_meta_handlers(app, lambda: runtime)
+    return app
+
+
+def add_identity_handler(app: ClientApp) -> None:
+    """Lets `app` answer `query.identify`: which client it holds."""
+
+    @app.query("identify")
+    def identify(message: Message, context: Context) -> Message:
+        return reply(message, metrics={PARTITION: _client_id(context)})
+
+
+def find_nodes(grid: Grid) -> dict[int, int]:
+    """Asks every node which client it holds.
+
+    Args:
+        grid: whose apps answer `query.identify`.
+
+    Returns:
+        Node ids by client id, in the order of client ids.
+
+    Raises:
+        FederationError: a node does not answer as it should.
+    """
+    found: dict[int, int] = {}
+    for answer in grid.send_and_receive([instruction(IDENTIFY, node, config={}) for node in grid.get_node_ids()]):
+        if answer.has_error():
+            raise FederationError(f"A node could not say which client it holds: {answer.error.reason}")
+        client_id = answer.content.metric_records[METRICS][PARTITION]
+        assert isinstance(client_id, int)
+        found[client_id] = answer.metadata.src_node_id
+    return dict(sorted(found.items()))
+
+
+def add_meta_handlers(app: ClientApp, runtime: Callable[[], ClientRuntime]) -> None:
+    """Lets `app` take part in Algorithm 1.
 
     It answers `query.describe` (who the client is, and its statistics), `train.meta` (K meta iterations from the lambda
     that it is sent) and `evaluate.meta` (validation loss after fine-tuning with that lambda's recipe).
+
+    Args:
+        app: of a node.
+        runtime: called with each message, so that a process which never gets one need not build any.
     """
-    app = ClientApp()
 
     @app.query("describe")
     def describe(message: Message, context: Context) -> Message:
         client_id = _client_id(context)
-        statistics = runtime.statistics(client_id)
+        statistics = runtime().statistics(client_id)
         arrays = {"bn_divergence": statistics.bn_divergence, "layer_moments": statistics.layer_moments}
         metrics = {PARTITION: client_id, NUM_SAMPLES: statistics.num_samples}
         return reply(message, arrays=arrays, metrics=metrics)
 
     @app.train("meta")
     def train(message: Message, context: Context) -> Message:
-        return _train(runtime, [message], [context])[0]
+        return _train(runtime(), [message], [context])[0]
 
     @app.evaluate("meta")
     def evaluate(message: Message, context: Context) -> Message:
-        return _evaluate(runtime, [message], [context])[0]
-
-    return app
+        return _evaluate(runtime(), [message], [context])[0]
 
 
 def make_cohort_handlers(runtime: ClientRuntime) -> dict[str, CohortHandler]:
@@ -63,7 +109,7 @@ def make_cohort_handlers(runtime: ClientRuntime) -> dict[str, CohortHandler]:
 
 
 def _train(runtime: ClientRuntime, messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
-    like = runtime.lambda_()
+    like = _prepared(runtime, messages)
     lambdas = [from_arrays(message.content.array_records[ARRAYS], like) for message in messages]
     client_ids = [_client_id(context) for context in contexts]
     number, scale = _value(messages[0], "server-round"), _value(messages[0], "meta-lr-scale")
@@ -81,7 +127,7 @@ def _train(runtime: ClientRuntime, messages: Sequence[Message], contexts: Sequen
 
 
 def _evaluate(runtime: ClientRuntime, messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
-    like = runtime.lambda_()
+    like = _prepared(runtime, messages)
     client_ids = [_client_id(context) for context in contexts]
     recipes = [
         runtime.recipe(from_arrays(message.content.array_records[ARRAYS], like), client_id)
@@ -95,6 +141,16 @@ def _evaluate(runtime: ClientRuntime, messages: Sequence[Message], contexts: Seq
         )
         for message, client_id, parts in zip(messages, client_ids, measured, strict=True)
     ]
+
+
+def _prepared(runtime: ClientRuntime, messages: Sequence[Message]) -> Tensors:
+    """Takes over how the nets' inputs are standardized, which all messages of a round say alike; returns any lambda."""
+    record = messages[0].content.array_records.get(NET_INPUTS)
+    if record is not None:
+        inputs = dict(runtime.meta_nets.named_buffers())
+        for name, tensor in from_arrays(record, inputs).items():
+            inputs[name].copy_(tensor)
+    return runtime.lambda_()
 
 
 def error_reply(message: Message, error: Exception) -> Message:

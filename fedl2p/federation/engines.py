@@ -12,7 +12,8 @@ from flwr.supercore.run import Run
 # Flower lets messages be made inside a run only, and has no public way to say that one is on (tested).
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedl2p.federation.client_app import PARTITION, CohortHandler, error_reply
+from fedl2p.federation.client_app import CohortHandler, error_reply
+from fedl2p.federation.messages import PARTITION
 
 _RUN_ID = 1
 _SERVER_NODE = 1

@@ -1,5 +1,6 @@
 """What travels: names of messages and records, and tensors as Flower's arrays and back."""
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -9,12 +10,15 @@ from fedl2p.errors import FederationError
 from fedl2p.finetune import Tensors
 
 # Message types "<category>.<action>" select the handler of the ClientApp.
+IDENTIFY = "query.identify"
 DESCRIBE = "query.describe"
 PRETRAIN = "train.pretrain"
 META_TRAIN = "train.meta"
 META_EVALUATE = "evaluate.meta"
 
+PARTITION = "partition-id"  # Flower's key of a node's client
 ARRAYS = "arrays"
+NET_INPUTS = "net-inputs"
 CONFIG = "config"
 METRICS = "metrics"
 NUM_SAMPLES = "num-samples"
@@ -56,16 +60,32 @@ def reply(message: Message, *, arrays: Tensors | None = None, metrics: dict[str,
 
 
 def instruction(
-    kind: str, node_id: int, *, arrays: Tensors | ArrayRecord | None = None, config: dict[str, Any]
+    kind: str,
+    node_id: int,
+    *,
+    arrays: ArrayRecord | None = None,
+    net_inputs: ArrayRecord | None = None,
+    config: dict[str, Any],
 ) -> Message:
-    """A message to a node: a kind, tensors, and the values that the handler reads.
-
-    Many messages may share one ArrayRecord, which then is in memory once.
-    """
+    """A message to a node: a kind, records that many messages may share, and the values that the handler reads."""
     content = RecordDict({CONFIG: ConfigRecord(config)})
-    if arrays is not None:
-        content[ARRAYS] = arrays if isinstance(arrays, ArrayRecord) else to_arrays(arrays)
+    for name, record in ((ARRAYS, arrays), (NET_INPUTS, net_inputs)):
+        if record is not None:
+            content[name] = record
     return Message(content, dst_node_id=node_id, message_type=kind)
+
+
+def in_order(node_ids: Iterable[int], replies: Iterable[Message]) -> Iterator[tuple[int, Message | None]]:
+    """Replies in the order of `node_ids`, whatever order they come in; None for a node that is silent.
+
+    Only replies that come before their turn wait, so an engine that answers in order keeps one in memory.
+    """
+    early: dict[int, Message] = {}
+    stream = iter(replies)
+    for node_id in node_ids:
+        while node_id not in early and (message := next(stream, None)) is not None:
+            early[message.metadata.src_node_id] = message
+        yield node_id, early.pop(node_id, None)
 
 
 class WeightedMean:

@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -15,6 +16,7 @@ from torch import nn
 
 from fedl2p.client import FedL2PClient, Limit, inner_batches, limited
 from fedl2p.cohort import ClientTask, CohortRunner, Evaluation, MetaUpdate, automatic_cohort_size
+from fedl2p.federation.checkpoint import load_statistics, save_statistics
 from fedl2p.finetune import Batch, EvaluationStatistics, FunctionalModel, LossFunction, RunningStart, Tensors
 from fedl2p.hypergradients import HypergradientEstimator
 from fedl2p.meta_nets import Hyperparameters, MetaNets
@@ -56,6 +58,7 @@ class ClientRuntime:
         autocast: torch.dtype | None = None,
         seed: int = 0,
         trainer: dict[str, Any] | None = None,
+        statistics_folder: Path | None = None,
     ) -> None:
         """Sets the clients up.
 
@@ -77,6 +80,7 @@ class ClientRuntime:
             autocast: the half precision of cohorts' fine-tuning; None is none.
             seed: of the run; batch orders follow from it, the round and the client.
             trainer: arguments of the Lightning Trainer.
+            statistics_folder: where clients' statistics outlast the process; None keeps them in memory only.
         """
         self.data = data
         self.device = torch.device(device)
@@ -93,6 +97,7 @@ class ClientRuntime:
         self.cohort_size = cohort_size
         self.seed = seed
         self.trainer_arguments = dict(trainer or {})
+        self.statistics_folder = statistics_folder
         self.runner = CohortRunner(self.model, running_start=running_start)
         self.automatic_sizes: dict[int, int] = {}
         self._statistics: dict[int, ClientStatistics] = {}
@@ -106,8 +111,15 @@ class ClientRuntime:
     def statistics(self, client_id: int) -> ClientStatistics:
         """A client's statistics, collected at the first call."""
         if client_id not in self._statistics:
-            loader = self.data.client(client_id).statistics_dataloader()
-            self._statistics[client_id] = collect_statistics(self.model.module, loader)
+            kept = self.statistics_folder / f"{client_id}.safetensors" if self.statistics_folder else None
+            if kept is not None and kept.exists():
+                self._statistics[client_id] = load_statistics(kept, self.device)
+            else:
+                loader = self.data.client(client_id).statistics_dataloader()
+                self._statistics[client_id] = collect_statistics(self.model.module, loader)
+                if kept is not None:
+                    kept.parent.mkdir(parents=True, exist_ok=True)
+                    save_statistics(kept, self._statistics[client_id])
         return self._statistics[client_id]
 
     def lambda_(self) -> Tensors:

@@ -13,7 +13,7 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from fedl2p.errors import ConfigError, FederationError
-from fedl2p.federation.client_app import PARTITION
+from fedl2p.federation.client_app import find_nodes
 from fedl2p.federation.messages import (
     ARRAYS,
     DESCRIBE,
@@ -21,8 +21,10 @@ from fedl2p.federation.messages import (
     META_TRAIN,
     METRICS,
     NUM_SAMPLES,
+    PARTITION,
     WeightedMean,
     from_arrays,
+    in_order,
     instruction,
     to_arrays,
 )
@@ -53,6 +55,8 @@ class FedL2PStrategy(Strategy):
         participants: by client id, in order; filled by `discover`.
         failures: by client name, why its last message was of no use; emptied by each configure call.
         skipped_steps: of the last training round.
+        net_inputs: the buffers of the nets, which say how their inputs are standardized; sent along with lambda, since
+            clients may live in other processes. Where there are none, clients keep theirs.
     """
 
     def __init__(
@@ -92,6 +96,7 @@ class FedL2PStrategy(Strategy):
         if meta_lr_decay not in ("none", "cosine"):
             raise ConfigError(f"federation.meta_lr_decay is '{meta_lr_decay}'; allowed are 'none' and 'cosine'.")
         self.like = like
+        self.net_inputs: Tensors = {}
         self.names = names
         self.client_fraction = client_fraction
         self.validation_fraction = validation_fraction
@@ -110,7 +115,11 @@ class FedL2PStrategy(Strategy):
         Raises:
             FederationError: a seen client's node does not answer as it should.
         """
-        messages = [instruction(DESCRIBE, node_id, config={"server-round": 0}) for node_id in grid.get_node_ids()]
+        nodes = find_nodes(grid)
+        missing = [name for client_id, name in self.names.items() if client_id not in nodes]
+        if missing:
+            raise FederationError(f"{len(missing)} seen clients have no node, among them '{missing[0]}'.")
+        messages = [instruction(DESCRIBE, nodes[client_id], config={"server-round": 0}) for client_id in self.names]
         found: dict[int, Participant] = {}
         for answer in grid.send_and_receive(messages):
             if answer.has_error():
@@ -124,9 +133,6 @@ class FedL2PStrategy(Strategy):
                 bn_divergence=torch.from_numpy(arrays["bn_divergence"].numpy().copy()),
                 layer_moments=torch.from_numpy(arrays["layer_moments"].numpy().copy()),
             )
-        missing = [name for client_id, name in self.names.items() if client_id not in found]
-        if missing:
-            raise FederationError(f"{len(missing)} seen clients have no node, among them '{missing[0]}'.")
         self.participants = {client_id: found[client_id] for client_id in sorted(self.names)}
 
     def sample(self, fraction: float, *key: int | str) -> list[Participant]:
@@ -216,29 +222,22 @@ class FedL2PStrategy(Strategy):
         config: dict[str, float],
     ) -> list[Message]:
         self._asked, self.failures = list(chosen), {}
-        return [
-            instruction(kind, p.node_id, arrays=arrays, config={"server-round": server_round, **config}) for p in chosen
-        ]
+        net_inputs = to_arrays(self.net_inputs) if self.net_inputs else None
+        config = {"server-round": server_round, **config}
+        return [instruction(kind, p.node_id, arrays=arrays, net_inputs=net_inputs, config=dict(config)) for p in chosen]
 
     def _in_order(self, replies: Iterable[Message]) -> Iterator[tuple[Participant, Message]]:
-        """Replies without an error, in the order of client ids; errors and silence become failures.
-
-        Only replies that come before their turn wait, so an engine that answers in order keeps one in memory.
-        """
-        early: dict[int, Message] = {}
-        stream = iter(replies)
-        for participant in self._asked:
-            node_id = participant.node_id
-            while node_id not in early and (message := next(stream, None)) is not None:
-                early[message.metadata.src_node_id] = message
-            reply = early.pop(node_id, None)
+        """Replies without an error, in the order of client ids; errors and silence become failures."""
+        asked = {participant.node_id: participant for participant in self._asked}
+        for node_id, message in in_order(asked, replies):
+            participant = asked[node_id]
             name = self.names[participant.client_id]
-            if reply is None:
+            if message is None:
                 self.failures[name] = "no reply"
-            elif reply.has_error():
-                self.failures[name] = reply.error.reason or "an error without a reason"
+            elif message.has_error():
+                self.failures[name] = message.error.reason or "an error without a reason"
             else:
-                yield participant, reply
+                yield participant, message
 
     def _require_enough(self, server_round: int, good: int) -> None:
         needed = max(1, math.ceil(self.min_reply_fraction * len(self._asked)))

@@ -86,7 +86,7 @@ def refusal(*arguments: str) -> str:
     ("override", "key", "allowed"),
     [
         ("foo=1", "'foo'", "baselines, client, data"),
-        ("federation.round=1", "'federation.round'", "patience, rounds"),
+        ("federation.round=1", "'federation.round'", "patience, ray, rounds"),
         ("client.meta_lr.beta=1", "'client.meta_lr.beta'", "base_lr, bn_net, lr_net"),
         ("wandb.entity=x", "'wandb.entity'", "enabled, mode, name, project"),
     ],

@@ -76,7 +76,7 @@ def test_a_wrong_shape_is_named_with_both_shapes() -> None:
 
 
 def test_instruction_and_reply_carry_tensors_and_numbers() -> None:
-    message = instruction("train.meta", 7, arrays={"a": torch.ones(2)}, config={"server-round": 3})
+    message = instruction("train.meta", 7, arrays=to_arrays({"a": torch.ones(2)}), config={"server-round": 3})
     assert (message.metadata.message_type, message.metadata.dst_node_id) == ("train.meta", 7)
     assert message.content.config_records["config"]["server-round"] == 3
     answer = reply(message, metrics={"loss": 0.5})

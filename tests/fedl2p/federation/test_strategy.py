@@ -11,7 +11,7 @@ from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from fedl2p.errors import ConfigError, FederationError
-from fedl2p.federation.client_app import error_reply
+from fedl2p.federation.client_app import add_identity_handler, error_reply
 from fedl2p.federation.engines import LocalGrid, flower_run
 from fedl2p.federation.messages import META_EVALUATE, META_TRAIN, from_arrays, reply, to_arrays
 from fedl2p.federation.strategy import FedL2PStrategy, decayed
@@ -29,6 +29,7 @@ def run() -> Iterator[None]:
 
 def describing_app(change: Callable[[int], None] = lambda client_id: None) -> ClientApp:
     app = ClientApp()
+    add_identity_handler(app)
 
     @app.query("describe")
     def describe(message: Message, context: Context) -> Message:

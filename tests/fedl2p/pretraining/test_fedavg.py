@@ -52,7 +52,12 @@ def network() -> nn.Module:
 
 def train(data: Blobs, model: nn.Module, rounds: int, **options: Any) -> nn.Module:
     training = LocalTraining(data, model, **({"lr": 0.1, "seed": 3} | options))
-    return pretrain(LocalGrid(make_pretrain_app(training), data.pool("pretrain")), model, rounds=rounds)
+    return pretrain(
+        LocalGrid(make_pretrain_app(training), data.pool("pretrain")),
+        model,
+        client_ids=data.pool("pretrain"),
+        rounds=rounds,
+    )
 
 
 def loss(model: nn.Module, data: Blobs) -> float:
@@ -118,7 +123,7 @@ def test_training_lowers_the_loss_and_each_round_is_reported() -> None:
     data, rounds = Blobs(), []
     training = LocalTraining(data, network(), lr=0.1, seed=3)
     grid = LocalGrid(make_pretrain_app(training), data.pool("pretrain"))
-    trained = pretrain(grid, network(), rounds=6, on_round=rounds.append)
+    trained = pretrain(grid, network(), client_ids=range(3), rounds=6, on_round=rounds.append)
     assert rounds == [1, 2, 3, 4, 5, 6]
     assert loss(trained, data) < 0.9 * loss(network(), data)
 
