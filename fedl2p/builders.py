@@ -27,36 +27,44 @@ from fedl2p.seeding import derive_seed
 GLOBAL_MODEL = "global_model.safetensors"  # in a run's folder
 
 
-def import_class(path: str, key: str) -> type:
-    """Imports `package.module.Class`.
+def import_object(path: str, key: str) -> Any:
+    """Imports the class or function `package.module.name`.
 
     Args:
         path: the import path; any module that Python finds, also outside this project.
         key: the configuration key, for the error.
 
     Raises:
-        ConfigError: there is no such module or class.
+        ConfigError: there is no such module, or no such class or function in it.
     """
     module_name, _, name = path.rpartition(".")
     try:
         found = getattr(importlib.import_module(module_name), name) if module_name else None
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ConfigError(f"{key} '{path}' cannot be imported: {error}.") from error
-    if not isinstance(found, type):
-        raise ConfigError(f"{key} is '{path}'; allowed is the import path of a class, such as package.module.Class.")
+    if not callable(found):
+        raise ConfigError(
+            f"{key} is '{path}'; allowed is the import path of a class or function, as package.module.Name."
+        )
     return found
 
 
 def instantiate(component: ComponentConfig, key: str, *, kind: type) -> Any:
     """Makes an object from a class path and its arguments, which are plain keyword arguments.
 
+    A function that makes such objects will do too, as `torchvision.models.resnet18` or `timm.create_model`.
+
     Raises:
-        ConfigError: not such a class, an unknown or missing argument, or a value that the class refuses.
+        ConfigError: not such a class or function, an unknown or missing argument, or a value that it refuses.
     """
-    found = import_class(component.class_path, f"{key}.class_path")
-    if not issubclass(found, kind):
-        raise ConfigError(f"{key}.class_path is '{component.class_path}'; allowed is a subclass of {kind.__name__}.")
-    return call(found, component.init_args, f"{key}.init_args")
+    path = component.class_path
+    found = import_object(path, f"{key}.class_path")
+    if isinstance(found, type) and not issubclass(found, kind):
+        raise ConfigError(f"{key}.class_path is '{path}'; allowed is a subclass of {kind.__name__}.")
+    made = call(found, component.init_args, f"{key}.init_args")
+    if not isinstance(made, kind):
+        raise ConfigError(f"{key}.class_path is '{path}', which makes a {type(made).__name__}, not a {kind.__name__}.")
+    return made
 
 
 def call(function: Any, arguments: dict[str, Any], key: str) -> Any:
@@ -72,6 +80,7 @@ def call(function: Any, arguments: dict[str, Any], key: str) -> Any:
         FedL2PError,
         MisconfigurationException,
         ArithmeticError,
+        OSError,
         LookupError,
         RuntimeError,
         TypeError,

@@ -27,7 +27,7 @@ from fedl2p.builders import (
 )
 from fedl2p.cohort import Evaluation
 from fedl2p.config import Config, to_yaml
-from fedl2p.errors import ConfigError, ModelError, RunFolderError
+from fedl2p.errors import ConfigError, ModelError
 from fedl2p.federation.checkpoint import load_metadata, load_state, load_tensors, save_state, write_tensors
 from fedl2p.federation.client_app import make_client_app, make_cohort_handlers
 from fedl2p.federation.engines import LocalGrid, flower_run
@@ -37,6 +37,7 @@ from fedl2p.federation.simulation import require_ray, simulate
 from fedl2p.federation.strategy import FedL2PStrategy, decayed
 from fedl2p.finetune import EvaluationStatistics, Tensors
 from fedl2p.meta_nets import Hyperparameters
+from fedl2p.models.weights import load_weights
 from fedl2p.policy import policy_metadata
 from fedl2p.pretraining.fedavg import make_pretrain_app, pretrain
 from fedl2p.results import MethodResult, client_table
@@ -139,10 +140,8 @@ class Experiment:
 
     def _load_weights(self, path: Path, key: str) -> None:
         try:
-            self.model.load_state_dict(load_tensors(path))
-        except RuntimeError as error:
-            raise ConfigError(f"{key}: the weights in {path} do not fit the model: {error}") from error
-        except RunFolderError as error:
+            load_weights(self.model, path)
+        except ModelError as error:
             raise ConfigError(f"{key}: {error}") from error
 
     # Stage 2: the rates of the hand-made recipes

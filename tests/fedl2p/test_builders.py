@@ -18,7 +18,7 @@ from fedl2p.builders import (
     build_runtime,
     call,
     check_trainer,
-    import_class,
+    import_object,
     instantiate,
 )
 from fedl2p.config import ComponentConfig, Config, load_config
@@ -41,20 +41,27 @@ def config(*overrides: str) -> Config:
 
 
 def test_classes_are_found_by_their_path() -> None:
-    assert import_class("datamodules.DigitsDataModule", "data.class_path") is DigitsDataModule
-    assert import_class("torch.nn.Linear", "model.class_path") is nn.Linear
+    assert import_object("datamodules.DigitsDataModule", "data.class_path") is DigitsDataModule
+    assert import_object("torch.nn.Linear", "model.class_path") is nn.Linear
 
 
-@pytest.mark.parametrize("path", ["", "Digits", "nowhere.Digits", "datamodules.Nothing", "os.path.join"])
-def test_a_path_that_leads_to_no_class_names_its_key(path: str) -> None:
+@pytest.mark.parametrize("path", ["", "Digits", "nowhere.Digits", "datamodules.Nothing", "os.path.sep"])
+def test_a_path_that_leads_to_no_class_or_function_names_its_key(path: str) -> None:
     with pytest.raises(ConfigError, match=r"^data\.class_path"):
-        import_class(path, "data.class_path")
+        import_object(path, "data.class_path")
 
 
 def test_an_abstract_class_is_refused() -> None:
     component = ComponentConfig("datamodules.federated.FederatedDataModule", {})
     with pytest.raises(ConfigError, match=r"data\.init_args: .*abstract"):
         instantiate(component, "data", kind=FederatedDataModule)
+
+
+def test_a_function_that_makes_the_right_kind_will_do() -> None:
+    component = ComponentConfig("torchvision.models.resnet18", {"num_classes": 7})
+    assert instantiate(component, "model", kind=nn.Module).fc.out_features == 7
+    with pytest.raises(ConfigError, match=r"model\.class_path is 'platform\.machine', which makes a str, not a Module"):
+        instantiate(ComponentConfig("platform.machine"), "model", kind=nn.Module)
 
 
 def test_call_names_unknown_and_missing_arguments() -> None:

@@ -61,7 +61,7 @@ def test_a_missing_ray_is_said_before_anything_is_written(tmp_path: Path, monkey
     monkeypatch.setattr(builtins, "__import__", without_ray)
     with pytest.raises(ConfigError, match=r"pip install 'fedl2p\[ray\]'"):
         require_ray()
-    with pytest.raises(ConfigError, match="federation.engine is 'ray'"):
+    with pytest.raises(ConfigError, match=r"federation\.engine is 'ray'"):
         run(tmp_path / "run", "federation.engine=ray")
     assert not (tmp_path / "run").exists()
 
