@@ -1,6 +1,22 @@
 """Who has what data: clients in pools, ways to divide a data set among them, and one file a data set."""
 
 from datamodules.digits import DigitsDataModule
+from datamodules.digits_two_domains import DigitsTwoDomainsDataModule
+from datamodules.domainnet import DomainNetDataModule
 from datamodules.federated import POOLS, ClientData, ClientDataModule, FederatedDataModule
+from datamodules.image_folder import ImageFolderDataModule
+from datamodules.office_caltech10 import OfficeCaltech10DataModule
+from datamodules.tensors import TensorsDataModule
 
-__all__ = ["POOLS", "ClientData", "ClientDataModule", "DigitsDataModule", "FederatedDataModule"]
+__all__ = [
+    "POOLS",
+    "ClientData",
+    "ClientDataModule",
+    "DigitsDataModule",
+    "DigitsTwoDomainsDataModule",
+    "DomainNetDataModule",
+    "FederatedDataModule",
+    "ImageFolderDataModule",
+    "OfficeCaltech10DataModule",
+    "TensorsDataModule",
+]

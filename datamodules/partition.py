@@ -176,24 +176,27 @@ def client_roles(
 def dirichlet_clients(
     labels: ArrayLike,
     num_clients: int,
-    alpha: float,
+    alpha: float | None,
     rng: np.random.Generator,
     *,
     val_fraction: float,
     test_fraction: float = 0.0,
     test_labels: ArrayLike | None = None,
+    client_size: int | None = None,
 ) -> list[tuple[IntArray, IntArray, IntArray]]:
     """Deals a data set to clients of equal size with Dirichlet label skew, each with train, val and test sets.
 
     Args:
         labels: Class numbers, shape ``(n,)``, from 0. Each client gets ``n // num_clients`` of these samples.
         num_clients: At least 1.
-        alpha: Concentration, above 0.
+        alpha: Concentration, above 0. None gives every client the labels of the whole, which is not what a large
+            alpha does where classes differ in size: that asks for even classes until the small ones run out.
         rng: Source of randomness.
         val_fraction: See `client_roles`.
         test_fraction: See `client_roles`; 0 where `test_labels` are given.
         test_labels: Of a separate supply of test samples, shape ``(m,)``: each client gets ``m // num_clients`` of
             them, with the labels of its other samples as far as the supply goes.
+        client_size: How many of the samples of `labels` each client gets, if not ``n // num_clients``.
 
     Returns:
         For each client its train, val and test indices, ascending; those of test are into `test_labels` where given.
@@ -202,7 +205,11 @@ def dirichlet_clients(
         DataError: If there are fewer samples than clients, or an argument is not as above.
     """
     label_array = _checked_labels(labels)
-    parts = dirichlet_partition(label_array, _equal_sizes(len(label_array), num_clients), alpha, rng)
+    sizes = _equal_sizes(len(label_array), num_clients) if client_size is None else np.full(num_clients, client_size)
+    if alpha is None:
+        parts = partition_by_proportions(label_array, np.tile(np.bincount(label_array), (num_clients, 1)), sizes, rng)
+    else:
+        parts = dirichlet_partition(label_array, sizes, alpha, rng)
     roles = [client_roles(label_array[part], val_fraction, test_fraction, rng) for part in parts]
     clients = [(part[train], part[val], part[test]) for part, (train, val, test) in zip(parts, roles, strict=True)]
     if test_labels is None:
