@@ -1,5 +1,7 @@
 """Who has what data: clients in pools, ways to divide a data set among them, and one file a data set."""
 
+from datamodules.cifar10 import CIFAR10DataModule
+from datamodules.cifar10c import CIFAR10CDataModule
 from datamodules.digits import DigitsDataModule
 from datamodules.digits_two_domains import DigitsTwoDomainsDataModule
 from datamodules.domainnet import DomainNetDataModule
@@ -10,6 +12,8 @@ from datamodules.tensors import TensorsDataModule
 
 __all__ = [
     "POOLS",
+    "CIFAR10CDataModule",
+    "CIFAR10DataModule",
     "ClientData",
     "ClientDataModule",
     "DigitsDataModule",

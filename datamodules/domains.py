@@ -97,6 +97,8 @@ class DomainsDataModule(FederatedDataModule):
     """What is taken off each channel, in units of the scaled inputs."""
     std: Sequence[float] | None = None
     """What each channel is divided by."""
+    same_samples: bool = False
+    """Whether all domains show the same underlying samples, in one order; pools then divide them alike everywhere."""
 
     def __init__(
         self,
@@ -194,8 +196,11 @@ class DomainsDataModule(FederatedDataModule):
         if self.pretrain_domains is not None and domain.name not in self.pretrain_domains:
             counts[0] = 0
         fractions = list(counts / counts.sum())
-        supplies = stratified_roles(domain.samples.labels, fractions, rng)
-        tests = [None] * len(POOLS) if domain.test is None else stratified_roles(domain.test.labels, fractions, rng)
+        dividing = self._rng(2, "") if self.same_samples else rng
+        supplies = stratified_roles(domain.samples.labels, fractions, dividing)
+        tests = (
+            [None] * len(POOLS) if domain.test is None else stratified_roles(domain.test.labels, fractions, dividing)
+        )
         for pool, count, supply, test in zip(POOLS, counts, supplies, tests, strict=True):
             if not count:
                 continue

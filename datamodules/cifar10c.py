@@ -1,0 +1,169 @@
+"""CIFAR-10-C: the test images of CIFAR-10 under common corruptions, a domain each.
+
+Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and Perturbations" (ICLR 2019).
+"""
+
+import os
+import zlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from datamodules.cifar10 import MEAN, STD, Bytes, Split, as_inputs, read_cifar10
+from datamodules.cifar10_corruptions import COMPUTED, corrupt
+from datamodules.domains import Domain, DomainsDataModule, Samples
+from datamodules.files import data_folder, missing_data
+from datamodules.partition import IntArray, stratified_roles
+from fedl2p.errors import DataError
+
+CORRUPTIONS = (
+    "brightness",
+    "frost",
+    "jpeg_compression",
+    "contrast",
+    "snow",
+    "motion_blur",
+    "pixelate",
+    "speckle_noise",
+    "fog",
+    "saturate",
+)
+"""The ten of the paper."""
+
+_SEVERITIES = 5
+_GET = (
+    "Unpack CIFAR-10-C.tar (2.9 GB, https://zenodo.org/records/2535967) there, of which <corruption>.npy and "
+    "labels.npy are read; or leave frost out of data.init_args.domains: the other corruptions are computed from "
+    "CIFAR-10's test images."
+)
+
+
+class CIFAR10CDataModule(DomainsDataModule):
+    """Corrupted CIFAR-10: inputs of shape (3, 32, 32), normalized by channel, 10 classes, one domain a corruption.
+
+    Each underlying image is for testing in all domains or in none, and belongs to one pool in all domains, so nobody is
+    tested on an image that another trained on. The paper has 25 seen clients a domain, 250 in all, at severity 3, with
+    80 % of the images for training, a fifth of them for validation (section 4.1), and a global model that was trained
+    on CIFAR-10 (`pretraining.weights`).
+
+    Args:
+        root: The folder with the published `.npy` files; None is ``cifar10c`` among the data sets. Where a file is
+            missing, its corruption is computed, other than frost, which needs photographs.
+        cifar10_root: The folder with CIFAR-10, see `CIFAR10DataModule`; needed for computed corruptions only.
+        batch_size: Samples in a client's training batch, at least 1.
+        seed: Fixes who has which images, and the draws of computed corruptions. At least 0.
+        domains: Corruptions, each at most once.
+        severity: 1 to 5.
+        alpha: Dirichlet concentration inside domains, see `DomainsDataModule`, as all that follow.
+        clients_per_domain: Of the seen pool.
+        unseen_clients_per_domain: Of the unseen pool.
+        client_size: Images of a client without those for testing; None deals out all.
+        val_fraction: Of what is not for testing.
+        test_fraction: Of all images.
+
+    Raises:
+        DataError: If an argument is not as above. `prepare_data` and `setup` raise it when files are missing or broken.
+    """
+
+    num_classes = 10
+    mean = MEAN
+    std = STD
+    same_samples = True
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str] | None = None,
+        *,
+        cifar10_root: str | os.PathLike[str] | None = None,
+        batch_size: int = 32,
+        seed: int = 0,
+        domains: Sequence[str] = CORRUPTIONS,
+        severity: int = 3,
+        alpha: float | None = 0.5,
+        clients_per_domain: int = 25,
+        unseen_clients_per_domain: int = 0,
+        client_size: int | None = None,
+        val_fraction: float = 0.2,
+        test_fraction: float = 0.2,
+    ) -> None:
+        super().__init__(
+            domains,
+            batch_size=batch_size,
+            seed=seed,
+            alpha=alpha,
+            clients_per_domain=clients_per_domain,
+            unseen_clients_per_domain=unseen_clients_per_domain,
+            client_size=client_size,
+            val_fraction=val_fraction,
+            test_fraction=test_fraction,
+        )
+        if not 1 <= severity <= _SEVERITIES:
+            raise DataError(f"severity is {severity}; it must be from 1 to {_SEVERITIES}.")
+        self.severity = severity
+        self.root = data_folder(root, "cifar10c")
+        self.cifar10_root = data_folder(cifar10_root, "cifar10")
+
+    def prepare_data(self) -> None:
+        """Looks for the files.
+
+        Raises:
+            DataError: If neither a corruption's file is there nor what it is computed from.
+        """
+        missing = self._missing()
+        if any(name not in COMPUTED for name in missing):
+            place = self._file(next(name for name in missing if name not in COMPUTED))
+            raise missing_data("CIFAR-10-C", looked_for=place, get=_GET)
+        if missing:
+            read_cifar10(self.cifar10_root, only_test=True)
+
+    def find(self) -> Iterable[Domain]:
+        """The corruptions; a sample's key is its image."""
+        missing = self._missing()
+        clean = read_cifar10(self.cifar10_root, only_test=True)["test"] if missing else None
+        for name in self.domains or ():
+            images, labels = self._computed(name, clean) if name in missing and clean else self._published(name)
+            train, test = self._roles(labels)
+            samples = Samples(list(images), labels)
+            yield Domain(name, samples.take(train), samples.take(test))
+
+    def read(self, keys: Sequence[Bytes]) -> Tensor:
+        """Shape (n, 3, 32, 32), uint8."""
+        return as_inputs(np.stack(keys))
+
+    def _file(self, name: str) -> Path:
+        return self.root / f"{name}.npy"
+
+    def _missing(self) -> list[str]:
+        """The corruptions whose files are not there; none is without the labels."""
+        complete = self._file("labels").is_file()
+        return [name for name in self.domains or () if not (complete and self._file(name).is_file())]
+
+    def _published(self, name: str) -> Split:
+        labels, images = (self._array(key) for key in ("labels", name))
+        count = len(labels) // _SEVERITIES
+        if images.shape != (len(labels), 32, 32, 3) or images.dtype != np.uint8 or count * _SEVERITIES != len(labels):
+            raise DataError(
+                f"{self._file(name)} holds {images.dtype} of shape {images.shape}, and there are {len(labels)} labels; "
+                "it must be bytes of shape (labels, 32, 32, 3), in five severities."
+            )
+        block = slice(count * (self.severity - 1), count * self.severity)
+        return np.asarray(images[block]), labels[block].astype(np.int64)
+
+    def _array(self, name: str) -> np.ndarray:
+        try:
+            # Mapped, since of 150 MB a fifth is wanted.
+            found: np.ndarray = np.load(self._file(name), mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise DataError(f"{self._file(name)} cannot be read: {error}") from error
+        return found
+
+    def _computed(self, name: str, clean: Split) -> Split:
+        seed = np.random.SeedSequence(self.seed, spawn_key=(3, zlib.crc32(name.encode())))
+        return corrupt(clean[0], name, self.severity, np.random.default_rng(seed)), clean[1]
+
+    def _roles(self, labels: IntArray) -> tuple[IntArray, IntArray]:
+        """Which images are for training and validation, and which for testing: the same in every domain."""
+        train, test = stratified_roles(labels, [1 - self.test_fraction, self.test_fraction], self._rng(3, ""))
+        return train, test
