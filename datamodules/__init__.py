@@ -6,8 +6,10 @@ from datamodules.digits import DigitsDataModule
 from datamodules.digits_two_domains import DigitsTwoDomainsDataModule
 from datamodules.domainnet import DomainNetDataModule
 from datamodules.federated import POOLS, ClientData, ClientDataModule, FederatedDataModule
+from datamodules.femnist import FEMNISTDataModule
 from datamodules.image_folder import ImageFolderDataModule
 from datamodules.office_caltech10 import OfficeCaltech10DataModule
+from datamodules.speech_commands import SpeechCommandsDataModule
 from datamodules.tensors import TensorsDataModule
 
 __all__ = [
@@ -19,8 +21,10 @@ __all__ = [
     "DigitsDataModule",
     "DigitsTwoDomainsDataModule",
     "DomainNetDataModule",
+    "FEMNISTDataModule",
     "FederatedDataModule",
     "ImageFolderDataModule",
     "OfficeCaltech10DataModule",
+    "SpeechCommandsDataModule",
     "TensorsDataModule",
 ]

@@ -1,7 +1,16 @@
-"""Where data sets lie on disk, and what to say where they do not."""
+"""Where data sets lie on disk, what to say where they do not, and how they get there."""
 
+import contextlib
+import hashlib
+import http.client
 import os
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from fedl2p.errors import DataError
 
@@ -33,3 +42,61 @@ def missing_data(what: str, *, looked_for: Path | str, get: str) -> DataError:
         f"{what} is not there: {looked_for} is missing. {get} Another place can be named by data.init_args.root, or "
         f"for all data sets by the environment variable {ENVIRONMENT}."
     )
+
+
+def download(url: str, path: Path, *, sha256: str) -> None:
+    """Fetches a file, going on where an earlier attempt was cut off, with a bar on standard error.
+
+    The file appears under its name when it is complete and right; until then it is `<name>.part`.
+
+    Args:
+        url: Where from.
+        path: Where to; its folder is made.
+        sha256: Of the whole file, in hexadecimal digits.
+
+    Raises:
+        DataError: If it cannot be fetched (what has come is kept), or is another file (nothing is kept).
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _fetch(url, part)
+        with part.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, http.client.HTTPException) as error:  # urllib's errors are OSErrors
+        raise DataError(
+            f"{url} cannot be downloaded: {error}. Run again to go on, or fetch it elsewhere and put it at {path}."
+        ) from error
+    if found != sha256:
+        part.unlink()
+        raise DataError(f"{url} has the SHA-256 sum {found}, not {sha256}: it is not the file that was published.")
+    os.replace(part, path)
+
+
+def _fetch(url: str, part: Path) -> None:
+    start = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+    try:
+        response = urllib.request.urlopen(request, timeout=60)
+    except urllib.error.HTTPError as error:
+        if error.code == 416:  # all of it is there already
+            error.close()
+            return
+        raise
+    with response:
+        resumed = response.status == 206
+        rest = int(response.headers.get("Content-Length") or 0)
+        with part.open("ab" if resumed else "wb") as file, _bar(rest + start * resumed, start * resumed) as advance:
+            while block := response.read(1 << 20):
+                file.write(block)
+                advance(len(block))
+        if rest and part.stat().st_size != rest + start * resumed:
+            raise OSError("the connection was cut off")
+
+
+@contextlib.contextmanager
+def _bar(total: int, done: int) -> Iterator[Callable[[int], None]]:
+    columns = (TextColumn("Downloading"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("download", total=total or None, completed=done)
+        yield lambda size: progress.advance(task, size)
