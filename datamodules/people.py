@@ -14,7 +14,6 @@ from datamodules.federated import POOLS, ClientData, FederatedDataModule
 from datamodules.partition import client_roles
 from fedl2p.errors import DataError
 
-_ROLES = ("train", "val", "test")
 _FEWEST = 3  # samples of a client, one a role
 
 
@@ -115,12 +114,14 @@ class PeopleDataModule(FederatedDataModule):
             parts = client_roles(
                 own[name].labels, self.val_fraction * (1 - self.test_fraction), self.test_fraction, self._rng(1, number)
             )
-            sets = {role: ArrayDataset(arrays, rows[part]) for role, part in zip(_ROLES, parts, strict=True)}
+            train, val, test = (ArrayDataset(arrays, rows[part]) for part in parts)
             yield ClientData(
                 name=f"{pools[name]}-{name}",
                 pool=pools[name],
-                details={"size": float(len(sets["train"]))},
-                **sets,
+                train=train,
+                val=val,
+                test=test,
+                details={"size": float(len(train))},
             )
 
     def _pools(self, people: People) -> dict[str, str]:

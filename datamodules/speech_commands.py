@@ -51,8 +51,8 @@ class SpeechCommandsDataModule(PeopleDataModule):
     clips, the unseen ones are drawn from the speakers of the published validation and test lists; where there are no
     lists, as in the published test archive, both come from all speakers. The paper has 250 and 50 (section 4.1).
     Clips of other words are thinned out, and clips of silence are dealt out, so that of each a client has
-    `unknown_fraction` and `silence_fraction` of its number of clips of the ten words. Of clips with the same bytes one
-    is kept.
+    `unknown_fraction` and `silence_fraction` of its number of clips of the ten words; where there is too little
+    silence, all have proportionally less. Of clips with the same bytes one is kept.
 
     MFCCs are 40 coefficients at 8 kHz, of windows of 40 ms every 20 ms, and are computed once and kept in `cache`.
 
@@ -150,24 +150,35 @@ class SpeechCommandsDataModule(PeopleDataModule):
     def complete(self, chosen: dict[str, Samples]) -> dict[str, Samples]:
         """Drops repeated clips, thins out other words, and deals silence."""
         rng = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(2,)))
-        silence = [self._archive.silence[i] for i in rng.permutation(len(self._archive.silence))]
         found: set[bytes] = set()
-        result: dict[str, Samples] = {}
+        spoken: dict[str, Samples] = {}
+        words = []
         for speaker, samples in chosen.items():
             own = samples.take(_first_of_equal_bytes(samples, found))
-            words = np.flatnonzero(own.labels < _SILENCE)
-            others = np.flatnonzero(own.labels == _UNKNOWN)
-            kept = rng.permutation(others)[: round(self.unknown_fraction * len(words))]
-            rows = np.sort(np.concatenate([words, kept]))
-            quiet = [silence.pop() for _ in range(min(round(self.silence_fraction * len(words)), len(silence)))]
-            keys = [*(own.keys[row] for row in rows), *quiet]
-            result[speaker] = Samples(keys, np.concatenate([own.labels[rows], np.full(len(quiet), _SILENCE)]))
-            if len(keys) < 3:
+            of_words = np.flatnonzero(own.labels < _SILENCE)
+            others = rng.permutation(np.flatnonzero(own.labels == _UNKNOWN))
+            kept = others[: round(self.unknown_fraction * len(of_words))]
+            spoken[speaker] = own.take(np.sort(np.concatenate([of_words, kept])))
+            words.append(len(of_words))
+        result = {}
+        for (speaker, own), quiet in zip(spoken.items(), self._deal_silence(words, rng), strict=True):
+            labels = np.concatenate([own.labels, np.full(len(quiet), _SILENCE)])
+            result[speaker] = Samples([*own.keys, *quiet], labels)
+            if len(labels) < 3:
                 raise DataError(
-                    f"Speaker {speaker!r} has {len(keys)} clips without repeats and most other words, fewer than one a "
-                    "role; raise min_samples."
+                    f"Speaker {speaker!r} has {len(labels)} clips without repeats and most other words, fewer than one "
+                    "a role; raise min_samples."
                 )
         return result
+
+    def _deal_silence(self, words: Sequence[int], rng: np.random.Generator) -> list[list[Clip]]:
+        """Clips of silence for speakers with some numbers of words; in proportion also where there are too few."""
+        silence = self._archive.silence
+        wanted = np.rint(self.silence_fraction * np.array(words))
+        share = min(1.0, len(silence) / max(1.0, wanted.sum()))
+        ends = np.rint(share * np.cumsum(wanted)).astype(int)
+        order = rng.permutation(len(silence))
+        return [[silence[i] for i in part] for part in np.split(order, ends)[:-1]]
 
     def read(self, keys: Sequence[Clip]) -> Tensor:
         """Shape (n, 1, 40, 51), float32."""
