@@ -22,6 +22,7 @@ from fedl2p.errors import DataError
 
 MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2470, 0.2435, 0.2616)
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 JPEG_FILE = "cifar10_jpeg.npz"
 
 _GET = (
@@ -129,7 +130,8 @@ class CIFAR10DataModule(DomainsDataModule):
             broken.
     """
 
-    num_classes = 10
+    num_classes = len(CLASSES)
+    classes = CLASSES
     mean = MEAN
     std = STD
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from datamodules.cifar10 import MEAN, STD, Bytes, Split, as_inputs, read_cifar10
+from datamodules.cifar10 import CLASSES, MEAN, STD, Bytes, Split, as_inputs, read_cifar10
 from datamodules.cifar10_corruptions import COMPUTED, corrupt
 from datamodules.domains import Domain, DomainsDataModule, Samples
 from datamodules.files import data_folder, missing_data
@@ -67,7 +67,8 @@ class CIFAR10CDataModule(DomainsDataModule):
         DataError: If an argument is not as above. `prepare_data` and `setup` raise it when files are missing or broken.
     """
 
-    num_classes = 10
+    num_classes = len(CLASSES)
+    classes = CLASSES
     mean = MEAN
     std = STD
     same_samples = True

@@ -1,7 +1,7 @@
 """One client's data as a LightningDataModule, and a federation of such clients in three pools."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -136,6 +136,8 @@ class FederatedDataModule(L.LightningDataModule, ABC):
     """
 
     num_classes: int
+    classes: Sequence[str] = ()
+    """Names of the classes by label; empty where they have none."""
     _clients: tuple[ClientData, ...] | None = None
 
     def __init__(self, *, batch_size: int = 32, seed: int = 0) -> None:

@@ -6,6 +6,7 @@ classes: the digits, then the capital, then the small letters.
 
 import json
 import os
+import string
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,6 +51,7 @@ class FEMNISTDataModule(PeopleDataModule):
     """
 
     num_classes = 62
+    classes = tuple(string.digits + string.ascii_uppercase + string.ascii_lowercase)
 
     def __init__(
         self,

@@ -82,6 +82,7 @@ class OfficeCaltech10DataModule(ImageDomainsDataModule):
     """
 
     num_classes = len(CLASSES)
+    classes = CLASSES
 
     def __init__(
         self,

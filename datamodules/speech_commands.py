@@ -76,6 +76,7 @@ class SpeechCommandsDataModule(PeopleDataModule):
     """
 
     num_classes = len(CLASSES)
+    classes = CLASSES
     # Mean and deviation over the published test archive, so that inputs are of the order of 1.
     mean = (-10.4,)
     std = (53.8,)

@@ -23,6 +23,14 @@ The configuration is read from left to right, and later ones win:
   fedl2p run configs/digits.yaml output_dir=runs/seven seed=7 --resume
 """
 
+DATA_HELP = """\
+Divides the data of a configuration among its clients, as a run would, and shows the result: clients and their sizes,
+labels, domains and pools, and all of it in one picture. Nothing is trained.
+
+  fedl2p data configs/digits.yaml
+  fedl2p data configs/cifar10.yaml seed=7 data.init_args.alpha=0.5 --picture alpha.png
+"""
+
 
 def make_parser() -> argparse.ArgumentParser:
     """The commands and their options."""
@@ -38,9 +46,24 @@ def make_parser() -> argparse.ArgumentParser:
         description=RUN_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    run.add_argument("config", nargs="+", metavar="CONFIG|key=value", help="YAML files and overrides, later ones win")
+    _add_config(run)
     run.add_argument("--resume", action="store_true", help="go on with the interrupted run in output_dir")
+    data = commands.add_parser(
+        "data",
+        help="show how a configuration divides its data among clients",
+        description=DATA_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_config(data)
+    data.add_argument("--all", action="store_true", help="list every client, not only the first of each pool")
+    data.add_argument("--picture", metavar="FILE", help="where the PNG goes; beside the run's folder by default")
     return parser
+
+
+def _add_config(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "config", nargs="+", metavar="CONFIG|key=value", help="YAML files and overrides, later ones win"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,13 +80,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         config = load_config(options.config)
+        if options.command == "data":
+            return data(config, picture=options.picture, all_clients=options.all)
         return run(config, resume=options.resume)
     except (ConfigError, RunFolderError) as error:
         return _complain(error, 2)
     except FedL2PError as error:
         return _complain(error, 1)
     except KeyboardInterrupt:
-        print("\nInterrupted; add --resume and the same output_dir to go on.", file=sys.stderr)
+        more = "; add --resume and the same output_dir to go on" if options.command == "run" else ""
+        print(f"\nInterrupted{more}.", file=sys.stderr)
         return 130
 
 
@@ -73,6 +99,15 @@ def run(config: "Config", *, resume: bool = False) -> int:
     from fedl2p.main_job import run_and_report
 
     run_and_report(config, resume=resume)
+    return 0
+
+
+def data(config: "Config", *, picture: str | None = None, all_clients: bool = False) -> int:
+    """`fedl2p data`."""
+    print("Loading ...", file=sys.stderr)
+    from fedl2p.data_job import show_split
+
+    show_split(config, picture=picture, all_clients=all_clients)
     return 0
 
 

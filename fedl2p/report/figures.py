@@ -169,12 +169,18 @@ def save_figures(
     for kind in kinds:
         if any(row["kind"] == kind for row in rows):
             figures[kind] = hyperparameter_boxes(rows, kind)
-    return {name: write_atomically(Path(folder) / f"{name}.png", _png(figure)) for name, figure in figures.items()}
+    return {name: write_atomically(Path(folder) / f"{name}.png", png(figure)) for name, figure in figures.items()}
+
+
+def new_canvas(height: float) -> Figure:
+    """An empty figure of the project's width, `height` inches high, that belongs to no window."""
+    figure = Figure(figsize=(WIDTH, height), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def _figure(height: float, *, title: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(WIDTH, height), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
-    FigureCanvasAgg(figure)
+    figure = new_canvas(height)
     axes = figure.add_subplot()
     axes.set_title(title, loc="left", weight="bold")
     for side in ("top", "right"):
@@ -205,7 +211,8 @@ def _ink(colour: str) -> str:
     return "white" if colour == BLUE else "black"
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """The figure as the bytes of a PNG file."""
     buffer = io.BytesIO()
     # Without matplotlib's version in it, the same run gives the same bytes.
     figure.savefig(buffer, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
