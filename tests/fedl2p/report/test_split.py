@@ -17,13 +17,8 @@ from fedl2p.report.split import (
 
 ANN = ClientSplit(name="ann", pool="seen", domain="dark", counts=np.array([[4, 0], [2, 0], [2, 0]]))
 BEN = ClientSplit(name="ben", pool="seen", domain="light", counts=np.array([[0, 8], [0, 4], [0, 4]]))
-CAT = ClientSplit(
-    name="cat",
-    pool="unseen",
-    domain="dark",
-    counts=np.array([[3, 1], [1, 1], [1, 1]]),
-    details={"size": 4, "tilt": 0.5},
-)
+COUNTS = np.array([[3, 1], [1, 1], [1, 1]])
+CAT = ClientSplit(name="cat", pool="unseen", domain="dark", counts=COUNTS, details={"size": 4, "tilt": 0.5})
 CLIENTS = [ANN, BEN, CAT]
 
 
