@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedl2p.errors import ModelError
+from fedl2p.substitutes import substitute
 
 
 class MixedBatchNorm(nn.Module):
@@ -31,6 +32,7 @@ class MixedBatchNorm(nn.Module):
         beta: 0-d, how far to trust the client's statistics; 0 is the pretrained model.
         num_batches_tracked: 0-d, kept only where `momentum` is None (a cumulative average).
         layer_name: the layer's name in its model, for error messages.
+        activation: what timm's `BatchNormAct2d` does after normalizing; None for others.
         differentiable_statistics: whether gradients flow into the new running statistics. Off in ordinary use, where
             the graphs of all steps would pile up; a `FunctionalModel` turns it on while it runs.
     """
@@ -71,6 +73,9 @@ class MixedBatchNorm(nn.Module):
         if self.momentum is None:
             assert source.num_batches_tracked is not None
             self.register_buffer("num_batches_tracked", source.num_batches_tracked.detach().clone())
+        self.activation: nn.Module | None = None
+        if _is_timm_s(source):
+            self.activation = nn.Sequential(*(copy.deepcopy(layer) for layer in source.children()))
         self.train(source.training)
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -116,7 +121,8 @@ class MixedBatchNorm(nn.Module):
         shift = offset * scale
         if self.bias is not None:
             shift = shift + self.bias
-        return inputs * scale.to(inputs.dtype).view(shape) + shift.to(inputs.dtype).view(shape)
+        outputs = inputs * scale.to(inputs.dtype).view(shape) + shift.to(inputs.dtype).view(shape)
+        return outputs if self.activation is None else self.activation(outputs)
 
     def _reduced(self, inputs: Tensor) -> list[int]:
         return [0, *range(2, inputs.dim())]
@@ -182,7 +188,8 @@ def convert_batchnorm(model: nn.Module) -> nn.Module:
     """Returns a copy of `model` in which every batch norm is a `MixedBatchNorm` with beta 0.
 
     The copy predicts what `model` predicts in evaluation mode. A module that stands in several places stands in the
-    same places of the copy, converted once. Models without batch norm are copied as they are.
+    same places of the copy, converted once. Models without batch norm are copied as they are. Layers that
+    hypergradients or `torch.vmap` cannot pass are replaced by others that answer the same (see `substitute`).
 
     Args:
         model: any module with `BatchNorm1d`, `2d` or `3d` at any depth. It is not changed.
@@ -195,24 +202,34 @@ def convert_batchnorm(model: nn.Module) -> nn.Module:
             or two layers share one parameter tensor, which then could not have a learning rate for each.
     """
     _refuse_shared_parameters(model)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
     # A copy that knows the new layers beforehand puts them in every place, lists of the model's own included.
-    memo = {id(layer): _convert_layer(layer, name) for name, layer in layers.items()}
+    memo: dict[int, nn.Module] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm):
+            memo[id(module)] = _convert_layer(module, name)
+        elif (other := substitute(module)) is not None:
+            memo[id(module)] = other
     return copy.deepcopy(model, memo)
 
 
+def _is_timm_s(layer: nn.Module) -> bool:
+    """Whether it is timm's batch norm with an activation, the one subclass whose behaviour is known."""
+    return type(layer).__name__ == "BatchNormAct2d" and type(layer).__module__.startswith("timm.")
+
+
 def _convert_layer(layer: _BatchNorm, name: str) -> MixedBatchNorm:
-    if type(layer) not in _MIXED:
+    kind = nn.BatchNorm2d if _is_timm_s(layer) else type(layer)
+    if kind not in _MIXED:
         raise ModelError(
-            f"Batch-norm layer '{name}' is a {type(layer).__name__}; only BatchNorm1d, BatchNorm2d and BatchNorm3d "
-            "themselves can be mixed, since a subclass may behave otherwise."
+            f"Batch-norm layer '{name}' is a {type(layer).__name__}; only BatchNorm1d, BatchNorm2d, BatchNorm3d and "
+            "timm's BatchNormAct2d can be mixed, since another subclass may behave otherwise."
         )
     kinds = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
     if any(kinds) or hasattr(layer, "parametrizations"):
         raise ModelError(
             f"Batch-norm layer '{name}' carries hooks or parametrizations, which a conversion would lose; remove them."
         )
-    return _MIXED[type(layer)](layer, layer_name=name)
+    return _MIXED[kind](layer, layer_name=name)
 
 
 def _refuse_shared_parameters(model: nn.Module) -> None:

@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from flwr.clientapp import ClientApp
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import nn
+from torch import Tensor, nn
 
 from datamodules.federated import FederatedDataModule
 from fedl2p.batchnorm import convert_batchnorm
 from fedl2p.config import COHORT_PRECISIONS, ComponentConfig, Config, from_yaml, to_yaml, trainer_only
-from fedl2p.errors import ConfigError, DataError, FedL2PError
+from fedl2p.errors import ConfigError, DataError, FedL2PError, ModelError
 from fedl2p.federation.checkpoint import load_tensors
 from fedl2p.federation.client_app import add_identity_handler, add_meta_handlers
 from fedl2p.federation.runtime import ClientRuntime, quiet_trainer
-from fedl2p.finetune import VALIDATION_LOSSES
-from fedl2p.hypergradients import ESTIMATORS, HypergradientEstimator
+from fedl2p.finetune import VALIDATION_LOSSES, FunctionalModel, InnerState, finetune
+from fedl2p.hypergradients import ESTIMATORS, HypergradientEstimator, MetaProblem
 from fedl2p.meta_nets import MetaNets
 from fedl2p.pretraining.fedavg import LocalTraining, add_pretrain_handler
 from fedl2p.seeding import derive_seed
@@ -129,6 +129,43 @@ def build_model(config: Config) -> nn.Module:
     except (FedL2PError, LookupError) as error:
         raise ConfigError(f"model: {error}") from error
     return model
+
+
+def check_model(config: Config, data: FederatedDataModule, model: nn.Module) -> None:
+    """A batch through the model and one hypergradient, so that what cannot work is found before anything is written.
+
+    Raises:
+        ConfigError: the model does not take the data, or cannot be differentiated as the estimator needs.
+    """
+    estimator, inputs = build_estimator(config), torch.zeros((2, *data.input_shape))
+    try:
+        with torch.no_grad():
+            outputs = model.eval()(inputs)
+    except (RuntimeError, TypeError, ValueError, IndexError, ModelError) as error:
+        raise ConfigError(f"model: it does not take inputs of shape {data.input_shape}: {error}") from error
+    if outputs.shape != (2, data.num_classes):
+        raise ConfigError(
+            f"model: it answers with the shape {tuple(outputs.shape[1:])}; the data have {data.num_classes} classes."
+        )
+    functional = FunctionalModel.of(convert_batchnorm(model).requires_grad_(False))
+
+    def val_loss(inputs: Tensor) -> Tensor:
+        batch = inputs, torch.zeros(2, dtype=torch.int64)
+        beta, eta = torch.zeros(len(functional.batchnorm_names)), torch.zeros(len(functional.parameter_names))
+        start = InnerState(*functional.tensors())
+        tuned = finetune(functional, start, [batch], beta, eta, history=estimator.history(1))
+        return estimator(functional, MetaProblem(tuned, [batch], batch, [batch], beta, eta)).val_loss
+
+    try:
+        if cohort_size(config) == 1:
+            val_loss(inputs)
+        else:
+            torch.vmap(val_loss, randomness="different")(inputs[None])
+    except RuntimeError as error:
+        raise ConfigError(
+            f"model: a hypergradient by {config.hypergradient.name!r} cannot pass it: {error}. Second derivatives are "
+            "not needed by hypergradient.name=fomaml, and torch.vmap not by federation.cohort_size=1."
+        ) from error
 
 
 def build_estimator(config: Config) -> HypergradientEstimator:

@@ -18,11 +18,11 @@ from fedl2p.baselines import FINE_TUNING, FixedRecipe, derangement, tune_rate
 from fedl2p.builders import (
     GLOBAL_MODEL,
     build_data,
-    build_estimator,
     build_model,
     build_remote_app,
     build_runtime,
     build_training,
+    check_model,
     check_trainer,
 )
 from fedl2p.cohort import Evaluation
@@ -82,12 +82,11 @@ class Experiment:
         check_trainer(config)
         if config.federation.engine == "ray":
             require_ray()
-        build_estimator(config)
         self.data = build_data(config)
         self.model = build_model(config)
         if config.pretraining.weights is not None:
             self._load_weights(Path(config.pretraining.weights), "pretraining.weights")
-        self._check_model()
+        check_model(config, self.data, self.model)
         if resume:
             self.folder.require_same(to_yaml(config))
         self.timings: dict[str, float] = {}
@@ -345,20 +344,6 @@ class Experiment:
             num_cpus=settings.ray.num_cpus,
             num_gpus=settings.ray.num_gpus,
         )
-
-    def _check_model(self) -> None:
-        """One batch through the model, so that a wrong shape is found before anything is written."""
-        inputs = torch.zeros((2, *self.data.input_shape))
-        try:
-            with torch.no_grad():
-                outputs = self.model.eval()(inputs)
-        except (RuntimeError, TypeError, ValueError, IndexError, ModelError) as error:
-            raise ConfigError(f"model: it does not take inputs of shape {self.data.input_shape}: {error}") from error
-        if outputs.shape != (2, self.data.num_classes):
-            raise ConfigError(
-                f"model: it answers with the shape {tuple(outputs.shape[1:])}; the data have "
-                f"{self.data.num_classes} classes."
-            )
 
     @contextlib.contextmanager
     def _stage(self, name: str) -> Iterator[None]:

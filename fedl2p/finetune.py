@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedl2p.batchnorm import MixedBatchNorm, batchnorm_names
 from fedl2p.errors import ConfigError, ModelError
@@ -134,9 +135,10 @@ class FunctionalModel:
         # Other layers (a tracking instance norm, say) write into their buffers, which are the caller's.
         kept = {name: b.clone() if training and not self._mixed(name) else b for name, b in buffers.items()}
         state = {**parameters, **kept, **betas}
+        # Of the kinds of attention only the one in plain arithmetic has second derivatives.
         # Modules may stand in several places, but no two share a tensor (convert_batchnorm), so nothing is tied.
         try:
-            with _uncached_autocast():
+            with _uncached_autocast(), sdpa_kernel(SDPBackend.MATH):
                 outputs = functional_call(self.module, state, (inputs,), tie_weights=False)
         finally:
             for layer in self._layers:

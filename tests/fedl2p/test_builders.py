@@ -6,7 +6,8 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 import fedl2p
 from datamodules import DigitsDataModule
@@ -17,6 +18,7 @@ from fedl2p.builders import (
     build_model,
     build_runtime,
     call,
+    check_model,
     check_trainer,
     import_object,
     instantiate,
@@ -186,3 +188,54 @@ def test_the_runtime_has_what_the_configuration_says(monkeypatch: pytest.MonkeyP
     with pytest.raises(Stop):
         runtime.meta_update([runtime.lambda_()], [3], 1)
     assert made[0]["limit_train_batches"] == 2
+
+
+# A model that cannot work is found before anything is written
+
+
+class _Once(torch.autograd.Function):
+    """Doubles, with a gradient that has no derivative and no rule for vmap."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor) -> Tensor:
+        return 2 * inputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return 2 * gradient
+
+
+class Doubling(SmallConvNet):
+    def forward(self, inputs: Tensor) -> Tensor:
+        return super().forward(_Once.apply(inputs))
+
+
+class Wrong(nn.Module):
+    def forward(self, inputs: Tensor) -> Tensor:
+        raise TypeError("not today")
+
+
+@pytest.mark.parametrize("name", ["unrolled", "ift", "fomaml"])
+@pytest.mark.parametrize("cohort_size", ["auto", 1])
+def test_a_model_that_can_be_learned_with_passes(name: str, cohort_size: str | int) -> None:
+    chosen = config(f"hypergradient.name={name}", f"federation.cohort_size={cohort_size}")
+    check_model(chosen, build_data(chosen), build_model(chosen))
+
+
+def test_a_model_that_cannot_be_stacked_is_told_so() -> None:
+    chosen = config()
+    with pytest.raises(ConfigError, match=r"a hypergradient by 'unrolled' cannot pass it.*federation\.cohort_size=1"):
+        check_model(chosen, build_data(chosen), Doubling(widths=[4, 4, 4]))
+
+
+def test_a_model_that_raises_is_told_what_it_was_given() -> None:
+    chosen = config()
+    with pytest.raises(ConfigError, match=r"does not take inputs of shape \(1, 8, 8\): not today"):
+        check_model(chosen, build_data(chosen), Wrong())
+
+
+def test_a_model_of_other_classes_is_told_so() -> None:
+    chosen = config()
+    with pytest.raises(ConfigError, match=r"answers with the shape \(3,\); the data have 10 classes"):
+        check_model(chosen, build_data(chosen), SmallConvNet(widths=[4, 4, 4], num_classes=3))

@@ -183,7 +183,9 @@ CLASSES: dict[str, tuple[str, str]] = {
     "resnet32": ("fedl2p.models.CifarResNet", "{depth: 32, num_classes: 4}"),
     "mobilenet": ("fedl2p.models.MobileNetV1", "{num_classes: 4}"),
     "torchvision": ("torchvision.models.mobilenet_v2", "{num_classes: 4, width_mult: 0.25}"),
+    "torchvision, hardsigmoid": ("torchvision.models.mobilenet_v3_small", "{num_classes: 4}"),
     "timm": ("timm.create_model", "{model_name: resnet18, num_classes: 4}"),
+    "timm, its own batch norm": ("timm.create_model", "{model_name: lcnet_050, num_classes: 4}"),
 }
 
 
