@@ -223,8 +223,13 @@ def build_device(config: Config) -> torch.device:
 
 
 def build_autocast(config: Config) -> torch.dtype | None:
-    """The type of the half precision that cohorts fine-tune in; None is none."""
+    """The type of the half precision that cohorts fine-tune in; None is none.
+
+    On a CPU it is bfloat16 in any case, as in a Lightning Trainer.
+    """
     name = COHORT_PRECISIONS.get(str(config.trainer.get("precision", "32")))
+    if name is not None and build_device(config).type == "cpu":
+        name = "bfloat16"
     return None if name is None else getattr(torch, name)
 
 

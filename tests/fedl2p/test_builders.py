@@ -13,7 +13,9 @@ import fedl2p
 from datamodules import DigitsDataModule
 from datamodules.federated import FederatedDataModule
 from fedl2p.builders import (
+    build_autocast,
     build_data,
+    build_device,
     build_estimator,
     build_model,
     build_runtime,
@@ -239,3 +241,33 @@ def test_a_model_of_other_classes_is_told_so() -> None:
     chosen = config()
     with pytest.raises(ConfigError, match=r"answers with the shape \(3,\); the data have 10 classes"):
         check_model(chosen, build_data(chosen), SmallConvNet(widths=[4, 4, 4], num_classes=3))
+
+
+# Where, and in which precision, cohorts run
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], "cpu"),
+        (["trainer.accelerator=cpu"], "cpu"),
+        (["trainer.accelerator=cpu", "trainer.devices=1"], "cpu"),
+        (["federation.cohort_size=1", "trainer.accelerator=gpu"], "cpu"),  # each client's Trainer moves what it needs
+    ],
+)
+def test_cohorts_run_where_a_trainer_would(overrides: list[str], expected: str) -> None:
+    assert build_device(config(*overrides)) == torch.device(expected)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_names_the_key() -> None:
+    with pytest.raises(ConfigError, match=r"trainer.*accelerator"):
+        build_device(config("trainer.accelerator=gpu"))
+
+
+@pytest.mark.parametrize(
+    ("precision", "expected"),
+    [("32", None), ("32-true", None), ("bf16-mixed", torch.bfloat16), ("16-mixed", torch.bfloat16), ("64-true", None)],
+)
+def test_the_precision_of_cohorts(precision: str, expected: torch.dtype | None) -> None:
+    assert build_autocast(config(f"trainer.precision={precision}")) is expected

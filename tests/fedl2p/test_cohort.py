@@ -8,8 +8,19 @@ import torch
 from core_cases import ConvNet, image_batches, seeded, unchanged
 from torch import Tensor, nn
 
+from fedl2p import cohort
 from fedl2p.batchnorm import convert_batchnorm
-from fedl2p.cohort import ClientTask, CohortRunner, Evaluation, MetaUpdate, groups, stack, take
+from fedl2p.cohort import (
+    ClientTask,
+    CohortRunner,
+    Evaluation,
+    MetaUpdate,
+    activations,
+    automatic_cohort_size,
+    groups,
+    stack,
+    take,
+)
 from fedl2p.finetune import Batch, FunctionalModel
 from fedl2p.hypergradients import FOMAML, IFT, HypergradientEstimator, Unrolled
 from fedl2p.meta_nets import Hyperparameters, MetaNets
@@ -226,3 +237,23 @@ def test_a_model_with_dropout_runs_as_a_cohort() -> None:
     fleet.module.dropout.p = 0.5
     updates = fleet.update(16, IFT(), rows=1)
     assert all(torch.isfinite(u.val_losses).all() for u in updates)
+
+
+# How many clients go together
+
+
+def test_activations_are_the_outputs_of_all_layers_of_a_pass() -> None:
+    """conv1 2x16, bn1 2x16, conv2 3x9, bn2 3x9, dropout 3, fc 3: 124 values an image of 4x4."""
+    model = FunctionalModel.of(convert_batchnorm(ConvNet().float()))
+    assert activations(model, torch.zeros(5, 1, 4, 4)) == 5 * 124
+
+
+@pytest.mark.parametrize(
+    ("budget", "expected"), [(1, 1), (5 * 124 * 7 + 3, 7), (10**9, 64)], ids=["too large", "some", "many"]
+)
+def test_the_automatic_size_keeps_a_pass_within_the_budget(
+    monkeypatch: pytest.MonkeyPatch, budget: int, expected: int
+) -> None:
+    monkeypatch.setattr(cohort, "CPU_COHORT_VALUES", budget)
+    model = FunctionalModel.of(convert_batchnorm(ConvNet().float()))
+    assert automatic_cohort_size(model, torch.zeros(5, 1, 4, 4), history=15) == expected

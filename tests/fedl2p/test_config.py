@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import fedl2p
-from fedl2p.config import Config, load_config, to_yaml
+from fedl2p.config import Config, load_config, to_yaml, trainer_only
 from fedl2p.errors import ConfigError
 
 ROOT = Path(fedl2p.__file__).parents[1]
@@ -244,3 +244,37 @@ def test_nothing_heavy_is_imported_before_it_is_needed(code: str, unwanted: tupl
     check = f"{code}\nimport sys\nassert not {set(unwanted)!r} & set(sys.modules), sorted(sys.modules)"
     done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+# Which keys of the Trainer cohorts follow themselves
+
+
+@pytest.mark.parametrize(
+    ("trainer", "expected"),
+    [
+        ({}, []),
+        ({"accelerator": "gpu", "devices": 1, "precision": "bf16-mixed", "limit_train_batches": 2}, []),
+        ({"devices": [3]}, []),
+        ({"devices": "auto", "precision": 32}, []),
+        ({"devices": 2}, ["devices"]),
+        ({"devices": [0, 1]}, ["devices"]),
+        ({"precision": "64-true"}, ["precision"]),
+        ({"strategy": "ddp", "gradient_clip_val": 1.0}, ["strategy", "gradient_clip_val"]),
+    ],
+)
+def test_what_only_a_trainer_follows(trainer: dict[str, object], expected: list[str]) -> None:
+    assert trainer_only(trainer) == expected
+
+
+def test_a_cohort_size_beside_what_needs_a_trainer_is_refused() -> None:
+    base = ["configs/digits.yaml", "trainer.precision=64-true"]
+    for allowed in ("auto", 1):
+        load_config([*base, f"federation.cohort_size={allowed}"])
+    with pytest.raises(ConfigError, match=r"federation\.cohort_size is 8; .*trainer\.precision needs a Trainer"):
+        load_config([*base, "federation.cohort_size=8"])
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "all", "1.5", "true"])
+def test_an_impossible_cohort_size_is_refused(value: str) -> None:
+    with pytest.raises(ConfigError, match=r"federation\.cohort_size is .*'auto', or 1 or more"):
+        load_config(["configs/digits.yaml", f"federation.cohort_size={value}"])

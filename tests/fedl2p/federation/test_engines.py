@@ -1,12 +1,13 @@
 """The engine `local`, with toy apps."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import pytest
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedl2p.federation import engines
 from fedl2p.federation.engines import LocalGrid, flower_run
 from fedl2p.federation.messages import METRICS, instruction, reply
 
@@ -132,3 +133,28 @@ def test_an_interruption_is_not_taken_for_a_client_s_error() -> None:
 
     with flower_run(), pytest.raises(KeyboardInterrupt):
         ask(LocalGrid(make_app(interrupt), [0, 1]))
+
+
+def test_cohorts_get_a_part_of_the_messages_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that not all replies have to be in memory at once: the first comes before the last message is made."""
+    monkeypatch.setattr(engines, "_TOGETHER", 3)
+    asked: list[int] = []
+    made: list[int] = []
+
+    def handler(messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
+        asked.append(len(messages))
+        pairs = zip(messages, contexts, strict=True)
+        return [reply(message, metrics={"value": float(context.node_id)}) for message, context in pairs]
+
+    def instructions(nodes: Iterable[int]) -> Iterator[Message]:
+        for node in nodes:
+            made.append(node)
+            yield instruction(KIND, node, config={})
+
+    with flower_run():
+        grid = LocalGrid(make_app(), range(8), cohort_handlers={KIND: handler})
+        answers = iter(grid.send_and_receive(instructions(grid.get_node_ids())))
+        first = next(answers)
+        assert value(first) == 2 and made == [2, 3, 4]
+        assert [value(message) for message in answers] == [3, 4, 5, 6, 7, 8, 9]
+    assert asked == [3, 3, 2]

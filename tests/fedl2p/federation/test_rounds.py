@@ -191,6 +191,28 @@ def test_a_cohort_and_clients_in_a_trainer_that_does_not_validate_give_one_lambd
     assert losses(alone) == pytest.approx(losses(cohort), abs=1e-5)
 
 
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
+def test_half_precision_is_near_full_precision(autocast: torch.dtype) -> None:
+    full = Federation(client_fraction=1.0).run()
+    half = Federation(runtime={"autocast": autocast}, client_fraction=1.0).run()
+    for name, tensor in half.lambda_.items():
+        assert tensor.dtype == torch.float32
+        moved = float((full.lambda_[name] - Federation().start[name]).abs().max())
+        torch.testing.assert_close(tensor, full.lambda_[name], rtol=0, atol=0.2 * moved + 1e-7)
+    assert losses(half) == pytest.approx(losses(full), rel=0.02)
+    assert not same(half.lambda_, full.lambda_)
+
+
+def test_half_precision_gives_one_lambda_in_a_cohort_and_in_a_trainer() -> None:
+    """Sums in half precision depend on their order, and a cohort sums in another one; so they agree to its rounding."""
+    cohort = Federation(runtime={"autocast": torch.bfloat16}, client_fraction=1.0).run()
+    options: dict[str, Any] = {"cohort_size": 1, "trainer": {"precision": "bf16-mixed"}}
+    alone = Federation(runtime=options, client_fraction=1.0).run()
+    for name, tensor in cohort.lambda_.items():
+        moved = float((tensor - Federation().start[name]).abs().max())
+        torch.testing.assert_close(alone.lambda_[name], tensor, rtol=0, atol=0.1 * moved + 1e-7)
+
+
 def test_a_round_is_the_weighted_mean_of_each_client_s_own_update() -> None:
     federation = Federation(client_fraction=1.0)
     after = federation.run(1).lambda_

@@ -153,3 +153,43 @@ def test_a_model_that_is_not_finite_stops_the_pretraining(rate: float) -> None:
 def test_impossible_settings_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=rf"{next(iter(options))} (is )?{next(iter(options.values()))}"):
         LocalTraining(Blobs(), network(), **options)  # type: ignore[arg-type]
+
+
+# Which clients, at which rate
+
+
+class Recorded(LocalTraining):
+    """Notes who was asked, in which round, at which rate."""
+
+    def train(self, tensors: Any, client_id: int, round_number: int, *, lr_scale: float = 1.0) -> Any:
+        self.calls.append((round_number, client_id, lr_scale))
+        return super().train(tensors, client_id, round_number, lr_scale=lr_scale)
+
+
+def recorded(rounds: int, **options: Any) -> list[tuple[int, int, float]]:
+    data, model = Blobs(sizes=(4,) * 10), network()
+    training = Recorded(data, model, lr=0.1, seed=3)
+    training.calls = []  # type: ignore[attr-defined]
+    pool = data.pool("pretrain")
+    pretrain(LocalGrid(make_pretrain_app(training), pool), model, client_ids=pool, rounds=rounds, **options)
+    return training.calls  # type: ignore[attr-defined,no-any-return]
+
+
+def test_the_rate_falls_to_a_tenth_at_each_drop() -> None:
+    rates = {number: rate for number, _, rate in recorded(5, lr_drops=[3, 5])}
+    assert rates == pytest.approx({1: 1.0, 2: 1.0, 3: 0.1, 4: 0.1, 5: 0.01})
+
+
+def test_a_fraction_of_the_clients_is_drawn_anew_each_round_by_the_seed() -> None:
+    def drawn(seed: int) -> list[list[int]]:
+        calls = recorded(6, client_fraction=0.3, seed=seed)
+        return [[client for number, client, _ in calls if number == n] for n in range(1, 7)]
+
+    first = drawn(0)
+    assert all(len(clients) == len(set(clients)) == 3 for clients in first)
+    assert len({tuple(clients) for clients in first}) > 1
+    assert first == drawn(0) and first != drawn(1)
+
+
+def test_at_least_one_client_takes_part() -> None:
+    assert [call[0] for call in recorded(2, client_fraction=0.01)] == [1, 2]
