@@ -40,11 +40,12 @@ from fedl2p.meta_nets import Hyperparameters
 from fedl2p.models.weights import load_weights
 from fedl2p.policy import policy_metadata
 from fedl2p.pretraining.fedavg import make_pretrain_app, pretrain
-from fedl2p.results import MethodResult, client_table
+from fedl2p.results import MethodResult, client_table, mean_of
 from fedl2p.run_folder import RunFolder
 from fedl2p.seeding import derive_seed
 
 POOLS = ("seen", "unseen")
+SHUFFLES = 5  # one alone says little: a few clients can get statistics that suit them by chance
 
 Result = TypeVar("Result")
 
@@ -268,7 +269,7 @@ class Experiment:
     def _measure_methods(self) -> dict[str, MethodResult]:
         """The global model, the baselines, L2P, FedL2P and the ablation, each on the pools that it is for."""
         best, methods = self.state.best_lambda, {}
-        total = 2 + len(FINE_TUNING) + bool(self.local_lambdas) + self.config.baselines.shuffled
+        total = 2 + len(FINE_TUNING) + bool(self.local_lambdas) + SHUFFLES * self.config.baselines.shuffled
         with self._bar("Testing all methods", total) as advance:
 
             def measure(
@@ -308,23 +309,25 @@ class Experiment:
             settings = {"base_lr": self.base_lr(), "best_round": self.state.best_round}
             methods["fedl2p"] = measure("FedL2P", lambda i: self.runtime.recipe(best, i), settings=settings)
             if self.config.baselines.shuffled:
-                others = self._other_clients()
-                methods["fedl2p_shuffled"] = measure(
-                    "FedL2P, statistics shuffled", lambda i: self.runtime.recipe(best, others[i])
-                )
+                label, shuffled = "FedL2P, statistics shuffled", []
+                for number in range(SHUFFLES):
+                    others = self._other_clients(number)
+                    recipes = {i: self.runtime.recipe(best, other) for i, other in others.items()}
+                    shuffled.append(measure(label, recipes.__getitem__))
+                methods["fedl2p_shuffled"] = mean_of(shuffled, settings={"shuffles": SHUFFLES})
         return methods
 
     def _fixed(self, beta: float, rate: float) -> Callable[[int], Hyperparameters]:
         recipe = FixedRecipe.fitting(self.runtime.model, beta=beta, rate=rate)
         return lambda client_id: recipe(self.runtime.statistics(client_id))
 
-    def _other_clients(self) -> dict[int, int]:
-        """For each client another one of its pool, whose statistics the nets then read in the ablation."""
+    def _other_clients(self, number: int) -> dict[int, int]:
+        """For each client another one of its pool, whose statistics the nets then read in shuffle `number`."""
         others: dict[int, int] = {}
         for pool in POOLS:
             ids = self.data.pool(pool)
             if len(ids) > 1:
-                order = derangement(len(ids), derive_seed(self.config.seed, "shuffle", pool))
+                order = derangement(len(ids), derive_seed(self.config.seed, "shuffle", pool, number))
                 others |= {client_id: ids[order[position]] for position, client_id in enumerate(ids)}
             else:
                 others |= {client_id: client_id for client_id in ids}

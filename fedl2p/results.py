@@ -55,6 +55,19 @@ def client_table(
     return table
 
 
+def mean_of(results: Sequence[MethodResult], settings: dict[str, Any]) -> MethodResult:
+    """One result of several of the same clients: each client's accuracy and loss are the means."""
+    pools = {
+        pool: {
+            name: {key: sum(r.pools[pool][name][key] for r in results) / len(results) for key in ("accuracy", "loss")}
+            | {"count": row["count"]}
+            for name, row in clients.items()
+        }
+        for pool, clients in results[0].pools.items()
+    }
+    return MethodResult(results[0].label, settings, pools)
+
+
 def compare(methods: dict[str, MethodResult], name: str = "fedl2p", *, seed: int) -> list[dict[str, Any]]:
     """FedL2P minus each other method: mean difference of accuracy over clients, with a paired bootstrap interval."""
     rows = []

@@ -203,6 +203,20 @@ def test_another_seed_gives_other_numbers(finished: Path, tmp_path: Path) -> Non
     assert set(results["methods"]) == set(METHODS) - {"l2p", "fedl2p_shuffled"}
 
 
+def test_the_shuffled_ablation_is_the_mean_of_several_shuffles_of_the_same_clients(finished: Path) -> None:
+    methods = results_of(finished)["methods"]
+    assert methods["fedl2p_shuffled"]["settings"] == {"shuffles": 5}
+    for pool in ("seen", "unseen"):
+        own, shuffled = methods["fedl2p"][pool]["clients"], methods["fedl2p_shuffled"][pool]["clients"]
+        assert list(own) == list(shuffled)
+        assert all(own[name]["count"] == shuffled[name]["count"] for name in own)
+        assert any(own[name]["loss"] != shuffled[name]["loss"] for name in own)
+
+
+def test_the_cohort_sizes_that_were_chosen_are_recorded(finished: Path) -> None:
+    assert results_of(finished)["cohort_sizes"] == {"6": 64}
+
+
 # Resuming
 
 

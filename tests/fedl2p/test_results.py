@@ -9,7 +9,7 @@ from torch.utils.data import TensorDataset
 
 from datamodules.federated import ClientData, FederatedDataModule
 from fedl2p.cohort import Evaluation
-from fedl2p.results import PACKAGES, MethodResult, client_table, compare, versions
+from fedl2p.results import PACKAGES, MethodResult, client_table, compare, mean_of, versions
 
 
 class Two(FederatedDataModule):
@@ -66,3 +66,18 @@ def test_versions_name_everything_that_numbers_depend_on() -> None:
     found = versions()
     assert set(found) == {"python", "machine", *PACKAGES}
     assert torch.__version__.startswith(found["torch"])
+
+
+def test_the_mean_of_results_is_by_client() -> None:
+    def result(accuracy: float, loss: float) -> MethodResult:
+        table = {"a": {"accuracy": accuracy, "loss": loss, "count": 4}, "b": {"accuracy": 1.0, "loss": 0.0, "count": 2}}
+        return MethodResult("M", {}, {"seen": table})
+
+    mean = mean_of([result(0.5, 1.0), result(0.25, 3.0)], settings={"times": 2})
+    assert mean.label == "M" and mean.settings == {"times": 2}
+    assert mean.pools == {
+        "seen": {
+            "a": {"accuracy": 0.375, "loss": 2.0, "count": 4},
+            "b": {"accuracy": 1.0, "loss": 0.0, "count": 2},
+        }
+    }
