@@ -52,12 +52,8 @@ class _Moments:
         self.mean: Tensor | float = 0.0
         self.squares: Tensor | float = 0.0
 
-    def add(self, values: Tensor) -> None:
-        """Takes in `values` of shape (n, k): n new values of k quantities."""
-        count = values.shape[0]
-        if count == 0:
-            return
-        var, mean = torch.var_mean(values, 0, correction=0)
+    def add(self, mean: Tensor, var: Tensor, count: int) -> None:
+        """Takes in `count` new values of each quantity, of some mean and biased variance in float64."""
         total = self.count + count
         delta = mean - self.mean
         self.mean = self.mean + delta * (count / total)
@@ -127,13 +123,33 @@ def _observer(layer: _Moments | None, channel: _Moments | None) -> Callable[...,
         given = next(iter((*args, *kwargs.values())), None)
         if not isinstance(given, Tensor) or not given.is_floating_point():
             return
-        inputs = given.to(torch.float64)
+        if given.numel() == 0:
+            return
+        mean, var, count = _channel_moments(given)
         if layer is not None:
-            layer.add(inputs.reshape(-1, 1))
-        if channel is not None and inputs.dim() > 1:
-            channel.add(inputs.movedim(1, -1).reshape(-1, inputs.shape[1]))
+            layer.add(mean.mean(), var.mean() + mean.var(correction=0), given.numel())
+        if channel is not None and given.dim() > 1:
+            channel.add(mean, var, count)
 
     return observe
+
+
+def _channel_moments(inputs: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Mean and biased variance by channel, shape (J,), float64, and how many values each channel has.
+
+    The passes over the inputs are in their own precision (float32 at least): one for the mean, and one around it, so
+    that nothing is lost to cancellation, which also says by how much that mean was rounded. Batches are then merged in
+    float64.
+    """
+    inputs = inputs.float() if inputs.dtype in (torch.float16, torch.bfloat16) else inputs
+    inputs = inputs[:, None] if inputs.dim() == 1 else inputs
+    dims = [0, *range(2, inputs.dim())]
+    count = inputs.numel() // inputs.shape[1]
+    mean = inputs.sum(dims, keepdim=True) / count
+    centred = inputs - mean
+    rounded = centred.sum(dims).double() / count
+    var = (centred * centred).sum(dims).double() / count - rounded**2
+    return mean.flatten().double() + rounded, var, count
 
 
 def _summarize(

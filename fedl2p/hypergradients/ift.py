@@ -4,7 +4,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.func import grad, jvp
+from torch.func import grad, vjp
 
 from fedl2p.errors import ConfigError
 from fedl2p.finetune import FunctionalModel, Tensors
@@ -33,8 +33,9 @@ class IFT(HypergradientEstimator):
       H^-1 v, so the beta part tends to the implicit gradient of the argmin, and the eta part to -v_j . g_j, FOMAML+'s
       (at an optimum the rate does not matter, so implicit differentiation by itself says 0).
 
-    Each Hessian-vector product is a forward-over-reverse `jvp` of `grad`; the last one, over (theta, beta) in the
-    direction (p, 0), gives H p and the mixed term at once.
+    The graph of the gradient of L_T by (theta, beta) is kept: pulling (v, 0) back through it gives H v and the mixed
+    term v . d2 L_T / (d theta d beta) at once, since second derivatives are symmetric. Both are linear, so those of p,
+    a sum of such v, are sums too, and no product is taken twice.
     """
 
     def __init__(
@@ -72,23 +73,21 @@ class IFT(HypergradientEstimator):
         if loss_batch is None:
             return Hypergradient(validation.beta, torch.zeros_like(problem.eta), validation.loss)
 
-        def training_gradient(parameters: Tensors, beta: Tensor) -> tuple[Tensors, Tensor]:
-            def loss(parameters: Tensors, beta: Tensor) -> Tensor:
+        def training_gradient(parameters: Tensors, beta: Tensor) -> Tensors:
+            def loss(parameters: Tensors) -> Tensor:
                 training = self.form == "corrected"
                 return model.loss(parameters, state.buffers, beta, loss_batch, training=training)[0]
 
-            return grad(loss, argnums=(0, 1))(parameters, beta)
+            return grad(loss)(parameters)
 
-        def second_derivatives(direction: Tensors) -> tuple[Tensors, Tensor]:
-            """H p, and p . d2 L_T / (d theta d beta)."""
-            point = (state.parameters, problem.beta)
-            return jvp(training_gradient, point, (direction, torch.zeros_like(problem.beta)))[1]
-
-        v = p = validation.parameters
+        _, pull_back = vjp(training_gradient, state.parameters, problem.beta)[:2]
+        v = validation.parameters
+        hessian_p, mixed = pull_back(v)
+        hessian_v = hessian_p
         for _ in range(self.neumann_terms):
-            v = add(v, second_derivatives(v)[0], -self.neumann_lr)
-            p = add(p, v)
-        hessian_p, mixed = second_derivatives(p)
+            v = add(v, hessian_v, -self.neumann_lr)
+            hessian_v, mixed_v = pull_back(v)
+            hessian_p, mixed = add(hessian_p, hessian_v), mixed + mixed_v
         scale = 1.0 if self.form == "paper" else self.neumann_lr
         sign = 1.0 if self.form == "paper" else -1.0
         eta = torch.zeros_like(problem.eta)

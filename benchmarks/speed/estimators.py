@@ -1,0 +1,113 @@
+"""The hypergradient estimators, time and peak memory (Appendix C's comparison): ResNet-18 at 32x32, 40 + 10 images.
+
+Run:  python -m benchmarks.speed.estimators
+Time: 3 minutes on 2 cores.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from benchmarks.speed import reference
+from benchmarks.speed.cases import Client
+from benchmarks.speed.measure import Row, command, in_turns, peak_memory
+from fedl2p.finetune import finetune
+from fedl2p.hypergradients import FOMAML, IFT, HypergradientEstimator, MetaProblem, Unrolled
+from fedl2p.hypergradients.base import last_step_gradient
+
+
+def problem(client: Client, estimator: HypergradientEstimator, epochs: int) -> MetaProblem:
+    """A client after its inner loop."""
+    batches = client.train * epochs
+    history = estimator.history(len(batches))
+    tuned = finetune(client.model, client.state, batches, client.beta, client.eta, history=history)
+    return MetaProblem(tuned, batches, batches[0], [client.val], client.beta, client.eta)
+
+
+def ready(name: str, epochs: int = 1) -> Callable[[], object]:
+    """A client after its inner loop, and the estimator to be called on it; for a process of its own."""
+    client = Client()
+    estimators: dict[str, HypergradientEstimator] = {
+        "ift": IFT(form="paper"),
+        "fomaml": FOMAML(),
+        "unrolled": Unrolled(),
+    }
+    estimator = estimators[name]
+    solved = problem(client, estimator, epochs)
+    return lambda: estimator(client.model, solved)
+
+
+def measure(quick: bool) -> list[Row]:
+    """Ours against the reference's, and `unrolled` against its inner loop."""
+    repeats, epochs = (2, 2) if quick else (5, 15)
+    client = Client()
+    solved = problem(client, IFT(), 1)
+    gradient = list(last_step_gradient(client.model, solved).values())
+    leaf = client.beta.clone().requires_grad_()
+    naive = reference.with_mixed_batch_norms(client.copy(), leaf)
+    train, val = client.train[0], client.val
+    memory = {name: f"{peak_memory(ready, name)[0]:.0f} MiB" for name in ("ift", "fomaml", "unrolled")}
+    rows = []
+    for form in ("paper", "corrected"):
+        rows.append(
+            in_turns(
+                f"ift, {form} form, Q = 3",
+                lambda form=form: IFT(form=form)(client.model, solved),  # type: ignore[misc]
+                lambda: reference.ift(naive, leaf, train, val, gradient, terms=3, psi=0.1),
+                against="ift by double backward, reference",
+                repeats=repeats,
+                target=0.5,
+                note=memory["ift"],
+            )
+        )
+    rows += [
+        in_turns(
+            "fomaml",
+            lambda: FOMAML()(client.model, solved),
+            lambda: reference.fomaml(naive, leaf, val, gradient),
+            against="FO-MAML, reference (given the last gradient)",
+            repeats=repeats,
+            note=memory["fomaml"],
+        ),
+        in_turns(
+            "ift, paper form, Q = 3",
+            lambda: IFT(form="paper")(client.model, solved),
+            lambda: reference.hessian_free(naive, leaf, train, val, gradient),
+            against="HF-MAML, reference",
+            repeats=repeats,
+        ),
+    ]
+    whole = problem(client, Unrolled(), epochs)
+    batches = client.train * epochs
+    rows.append(
+        in_turns(
+            f"unrolled through {len(batches)} steps",
+            lambda: Unrolled()(client.model, whole),
+            lambda: finetune(client.model, client.state, batches, client.beta, client.eta),
+            against="its inner loop",
+            repeats=1 if quick else 3,
+            target=5.0,
+            note=f"{memory['unrolled']} for 2 steps, {_growth():.0f} MiB a step more",
+        )
+    )
+    return rows
+
+
+def _growth() -> float:
+    """MiB that a step more costs `unrolled` in a whole meta step: the stored parameters, 43 MiB, and no graph."""
+    few, many = (peak_memory(_unrolled, epochs)[0] for epochs in (1, 4))
+    return (many - few) / 6
+
+
+def _unrolled(epochs: int) -> Callable[[], object]:
+    client = Client()
+
+    def whole() -> object:
+        with torch.no_grad():
+            return Unrolled()(client.model, problem(client, Unrolled(), epochs))
+
+    return whole
+
+
+if __name__ == "__main__":
+    command(__doc__, measure)
