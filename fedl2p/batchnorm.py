@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedl2p.errors import ModelError
+from fedl2p.parallel import Shards
 from fedl2p.substitutes import substitute
 
 
@@ -33,6 +34,7 @@ class MixedBatchNorm(nn.Module):
         num_batches_tracked: 0-d, kept only where `momentum` is None (a cumulative average).
         layer_name: the layer's name in its model, for error messages.
         activation: what timm's `BatchNormAct2d` does after normalizing; None for others.
+        shards: who shares the batches, while several processes do; statistics are then those of the whole batch.
         differentiable_statistics: whether gradients flow into the new running statistics. Off in ordinary use, where
             the graphs of all steps would pile up; a `FunctionalModel` turns it on while it runs.
     """
@@ -63,6 +65,7 @@ class MixedBatchNorm(nn.Module):
         self.momentum = source.momentum
         self.layer_name = layer_name
         self.differentiable_statistics = False
+        self.shards: Shards | None = None
         self.weight = copy.deepcopy(source.weight)
         self.bias = copy.deepcopy(source.bias)
         self.register_buffer("running_mean", source.running_mean.detach().clone())
@@ -104,11 +107,11 @@ class MixedBatchNorm(nn.Module):
         if self.training:
             # Sums instead of means, and an addition of -mean: their derivatives need no pass over the inputs.
             values = self._values(inputs)
-            mean = inputs.sum(self._reduced(inputs), dtype=wide) * (1 / values)
-            inputs = inputs + (-mean).to(inputs.dtype).view(shape)
+            mean = self._sum(inputs, wide) * (1 / values)
+            inputs = inputs + self._on_samples(-mean)[0].to(inputs.dtype).view(shape)
             # Centred first, so that nothing is lost to cancellation.
             centred = inputs.to(wide)
-            var = (centred * centred).sum(self._reduced(inputs)) * (1 / values)
+            var = self._sum(centred * centred, wide) * (1 / values)
             self._move_running(mean, var, values)
             offset = (1 - self.beta) * (mean - self.pretrained_mean)
         else:
@@ -121,15 +124,22 @@ class MixedBatchNorm(nn.Module):
         shift = offset * scale
         if self.bias is not None:
             shift = shift + self.bias
+        scale, shift = self._on_samples(scale, shift)
         outputs = inputs * scale.to(inputs.dtype).view(shape) + shift.to(inputs.dtype).view(shape)
         return outputs if self.activation is None else self.activation(outputs)
 
-    def _reduced(self, inputs: Tensor) -> list[int]:
-        return [0, *range(2, inputs.dim())]
+    def _sum(self, inputs: Tensor, dtype: torch.dtype) -> Tensor:
+        """By channel, over the whole batch."""
+        own = inputs.sum([0, *range(2, inputs.dim())], dtype=dtype)
+        return own if self.shards is None else self.shards.from_shards(own)[0]
+
+    def _on_samples(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tensors if self.shards is None else self.shards.to_shards(*tensors)
 
     def _values(self, inputs: Tensor) -> int:
         """How many values a channel has."""
-        values = inputs.numel() // self.num_features
+        samples = len(inputs) if self.shards is None else self.shards.total
+        values = samples * inputs.shape[2:].numel()
         if values < 2:
             raise ModelError(
                 f"Batch-norm layer '{self.layer_name}' got one value a channel (input shape {tuple(inputs.shape)}), "

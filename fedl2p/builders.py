@@ -180,12 +180,17 @@ def build_estimator(config: Config) -> HypergradientEstimator:
 
 
 def check_trainer(config: Config) -> None:
-    """Refuses keys and values that the Lightning Trainer does not take.
+    """Refuses keys and values that the Lightning Trainer does not take, and several devices for one client.
 
     Raises:
         ConfigError: naming `trainer.<key>`.
     """
-    call(lambda **arguments: quiet_trainer(arguments), _known_trainer_keys(config.trainer), "trainer")
+    trainer = call(lambda **arguments: quiet_trainer(arguments), _known_trainer_keys(config.trainer), "trainer")
+    if trainer.world_size > 1:
+        raise ConfigError(
+            f"trainer.devices is {config.trainer.get('devices')!r}; allowed in a federation is one device a client "
+            "(federation.engine=ray spreads clients over many). Several for one client are for a Trainer of your own."
+        )
 
 
 def _known_trainer_keys(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -216,8 +221,6 @@ def build_device(config: Config) -> torch.device:
     chosen = {key: value for key, value in config.trainer.items() if key in ("accelerator", "devices")}
     if not chosen:
         return torch.device("cpu")
-    if chosen.get("devices", "auto") == "auto":
-        chosen["devices"] = 1
     trainer = call(lambda **arguments: quiet_trainer(arguments), chosen, "trainer")
     return torch.device(trainer.strategy.root_device)
 
@@ -329,6 +332,7 @@ def build_runtime(
         cohort_size=cohort_size(config),
         device=build_device(config),
         autocast=build_autocast(config),
+        compile=config.client.compile,
         seed=config.seed,
         trainer=config.trainer,
         statistics_folder=statistics_folder,

@@ -5,12 +5,14 @@ Flower app, or in a cohort.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from itertools import islice
 from typing import Any, cast
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
@@ -20,6 +22,7 @@ from fedl2p.batchnorm import MixedBatchNorm, convert_batchnorm
 from fedl2p.errors import ConfigError, DataError
 from fedl2p.finetune import (
     Batch,
+    CompiledStep,
     EvaluationStatistics,
     FunctionalModel,
     InnerState,
@@ -37,8 +40,10 @@ from fedl2p.meta_step import (
     evaluate,
     meta_optimizer,
     meta_step,
+    moved_names,
     personalize,
 )
+from fedl2p.parallel import common_seed, own_part
 from fedl2p.statistics import ClientStatistics, collect_statistics
 
 Recipe = Callable[[ClientStatistics], Hyperparameters]
@@ -126,6 +131,7 @@ class FedL2PClient(L.LightningModule):
         loss_fn: LossFunction = nn.functional.cross_entropy,
         val_loss_fn: LossFunction | None = None,
         statistics: ClientStatistics | None = None,
+        compiled: CompiledStep | None = None,
     ) -> None:
         """Sets a client up.
 
@@ -146,6 +152,7 @@ class FedL2PClient(L.LightningModule):
             loss_fn: (outputs, targets) -> mean loss, what fine-tuning lowers.
             val_loss_fn: what the nets lower; None is `loss_fn`. See `expected_error`.
             statistics: of this client, if they were collected before.
+            compiled: runs the inner steps; clients of equal shapes can have one together. None compiles nothing.
 
         Raises:
             ConfigError: a value outside those.
@@ -163,7 +170,7 @@ class FedL2PClient(L.LightningModule):
         converted = any(isinstance(module, MixedBatchNorm) for module in model.modules())
         self.model = (model if converted else convert_batchnorm(model)).requires_grad_(False)
         self.meta_nets = meta_nets if meta_nets is not None else MetaNets(self.model, base_lr=base_lr)
-        self.functional = FunctionalModel.of(self.model, loss_fn, val_loss_fn)
+        self.functional = replace(FunctionalModel.of(self.model, loss_fn, val_loss_fn), compiled=compiled)
         self.recipe = recipe
         self.estimator = estimator if estimator is not None else Unrolled()
         self.meta_iterations = meta_iterations
@@ -202,6 +209,22 @@ class FedL2PClient(L.LightningModule):
         if stage in ("validate", "test") and datamodule is not None:
             datamodule.setup("fit")
         self._train_loader = None
+        self.functional = replace(self.functional, group=self._processes())
+
+    def _processes(self) -> Any:
+        """Those that share this client's batches; None where there is one."""
+        if self.trainer.world_size == 1:
+            return None
+        if not isinstance(self.trainer.strategy, DDPStrategy):
+            raise ConfigError(
+                f"The strategy is {type(self.trainer.strategy).__name__}; over several devices a client needs 'ddp'."
+            )
+        if getattr(self.trainer, "datamodule", None) is None:
+            raise DataError(
+                "Over several devices the client needs a DataModule (datamodule=...), since the Trainer has already "
+                "divided the loaders that it was given."
+            )
+        return torch.distributed.group.WORLD
 
     def on_fit_start(self) -> None:
         """Starts to count."""
@@ -240,7 +263,7 @@ class FedL2PClient(L.LightningModule):
             net_inputs=cast(Any, tuple(t.to(self.meta_nets.base_lr) for t in statistics.net_inputs())),
             running=self._running(statistics),
             train_batches=self._train_batches(self._train_loader),
-            val_batches=self._to_device(limited(self._loader("val"), self.trainer.limit_val_batches or None)),
+            val_batches=self._val_batches(),
         )
         origin = InnerState(*self.functional.tensors())
         return meta_step(
@@ -252,6 +275,7 @@ class FedL2PClient(L.LightningModule):
             client,
             clip_value=self.clip_value,
             statistics=self.evaluation_statistics,
+            trained=moved_names(self.functional, self.meta_nets, lambda_, client.net_inputs),
         )
 
     def personalize(self) -> InnerState:
@@ -335,7 +359,27 @@ class FedL2PClient(L.LightningModule):
         return initial_running(self.functional, self.functional.tensors()[1], statistics, start=self.running_start)
 
     def _train_batches(self, loader: Iterable[Batch]) -> list[Batch]:
-        return self._to_device(inner_batches(loader, self.finetune_epochs, self.trainer.limit_train_batches))
+        with self._equal_order():
+            batches = inner_batches(loader, self.finetune_epochs, self.trainer.limit_train_batches)
+        return self._to_device(self._own(batches))
+
+    def _val_batches(self) -> list[Batch]:
+        return self._to_device(self._own(limited(self._loader("val"), self.trainer.limit_val_batches or None)))
+
+    @contextlib.contextmanager
+    def _equal_order(self) -> Iterator[None]:
+        """Lets a loader that shuffles by torch's generator give one order in all processes."""
+        if self.functional.group is None:
+            yield
+            return
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(common_seed(self.functional.group))
+            yield
+
+    def _own(self, batches: Iterable[Batch]) -> Iterable[Batch]:
+        """This process's part of each batch."""
+        group = self.functional.group
+        return batches if group is None else [own_part(cast(Batch, tuple(batch)), group) for batch in batches]
 
     def _loader(self, kind: str) -> Iterable[Batch]:
         """A fresh loader of the DataModule, since the Trainer may be in the middle of its own."""

@@ -5,6 +5,7 @@ Every function takes any clients, groups them by shape, and answers in the order
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from fedl2p.finetune import (
 )
 from fedl2p.hypergradients import HypergradientEstimator
 from fedl2p.meta_nets import Hyperparameters, MetaNets
-from fedl2p.meta_step import ClientInputs, evaluate, meta_optimizer, meta_step, personalize
+from fedl2p.meta_step import ClientInputs, evaluate, meta_optimizer, meta_step, moved_names, personalize
 from fedl2p.statistics import ClientStatistics
 
 
@@ -197,7 +198,7 @@ class CohortRunner:
         """
         results: dict[int, MetaUpdate] = {}
 
-        def step(lambda_: Tensors, client: ClientInputs) -> tuple[Any, ...]:
+        def step(lambda_: Tensors, client: ClientInputs, trained: tuple[str, ...]) -> tuple[Any, ...]:
             done = meta_step(
                 self.model,
                 meta_nets,
@@ -207,6 +208,7 @@ class CohortRunner:
                 client,
                 clip_value=clip_value,
                 statistics=statistics,
+                trained=trained,
             )
             return done.gradients, done.val_loss, done.finite, done.hyperparameters
 
@@ -217,7 +219,8 @@ class CohortRunner:
             for tasks in iterations:
                 client = self._inputs([tasks[i] for i in positions])
                 detached = {name: p.detach() for name, p in lambda_.items()}
-                gradients, loss, ok, recipe = over_clients(step, detached, client)
+                trained = moved_names(self.model, meta_nets, detached, client.net_inputs)
+                gradients, loss, ok, recipe = over_clients(partial(step, trained=trained), detached, client)
                 for name, p in lambda_.items():
                     p.grad = gradients[name]
                 optimizer.step()

@@ -4,11 +4,12 @@ Nothing here holds state or changes a tensor that the caller holds, so one funct
 `torch.vmap`, a cohort of clients.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedl2p.batchnorm import MixedBatchNorm, batchnorm_names
 from fedl2p.errors import ConfigError, ModelError
+from fedl2p.parallel import Shards, total_count
 from fedl2p.statistics import ClientStatistics
 
 Tensors = dict[str, Tensor]
@@ -75,6 +77,8 @@ class FunctionalModel:
         val_loss_fn: likewise; what the nets lower and what everything is selected by (L_V).
         batchnorm_names: the B mixed layers, in the order of beta.
         parameter_names: the P parameter tensors, in the order of eta.
+        group: the processes that share each batch, as `torch.distributed` knows them; None is this one alone.
+        compiled: `inner_step`, compiled, which `finetune` then takes; None is as it is.
     """
 
     module: nn.Module
@@ -82,6 +86,8 @@ class FunctionalModel:
     val_loss_fn: LossFunction
     batchnorm_names: tuple[str, ...]
     parameter_names: tuple[str, ...]
+    group: Any = None
+    compiled: "CompiledStep | None" = None
 
     @classmethod
     def of(
@@ -134,6 +140,8 @@ class FunctionalModel:
         betas = {f"{name}.beta": value for name, value in zip(self.batchnorm_names, beta.unbind(-1), strict=True)}
         # Other layers (a tracking instance norm, say) write into their buffers, which are the caller's.
         kept = {name: b.clone() if training and not self._mixed(name) else b for name, b in buffers.items()}
+        if self.group is not None:
+            parameters = self._shared(parameters, inputs, training=training or bool(batch_statistics))
         state = {**parameters, **kept, **betas}
         # Of the kinds of attention only the one in plain arithmetic has second derivatives.
         # Modules may stand in several places, but no two share a tensor (convert_batchnorm), so nothing is tied.
@@ -142,11 +150,21 @@ class FunctionalModel:
                 outputs = functional_call(self.module, state, (inputs,), tie_weights=False)
         finally:
             for layer in self._layers:
-                layer.differentiable_statistics = False
+                layer.differentiable_statistics, layer.shards = False, None
         return outputs, {name: state[name] for name in buffers}
 
-    def _mixed(self, buffer_name: str) -> bool:
-        return buffer_name.rpartition(".")[0] in self.batchnorm_names
+    def _mixed(self, tensor_name: str) -> bool:
+        return tensor_name.rpartition(".")[0] in self.batchnorm_names
+
+    def _shared(self, parameters: Tensors, inputs: Tensor, *, training: bool) -> Tensors:
+        """Prepares for a batch of which this process has a part; mixed batch norms see to their own tensors."""
+        shards = Shards.of(self.group, len(inputs)) if training else Shards(self.group, 0)
+        for layer in self._layers:
+            layer.shards = shards
+        others = [name for name in parameters if not self._mixed(name)]
+        if not others:
+            return parameters
+        return {**parameters, **dict(zip(others, shards.to_shards(*(parameters[n] for n in others)), strict=True))}
 
     def loss(
         self, parameters: Tensors, buffers: Tensors, beta: Tensor, batch: Batch, *, training: bool
@@ -154,7 +172,16 @@ class FunctionalModel:
         """The mean loss over a batch, and the buffers afterwards; arguments as in `__call__`."""
         inputs, targets = batch
         outputs, buffers = self(parameters, buffers, beta, inputs, training=training)
-        return self.loss_fn(outputs, targets), buffers
+        return self.mean_over_samples(self.loss_fn, outputs, targets), buffers
+
+    def mean_over_samples(self, loss_fn: LossFunction, outputs: Tensor, targets: Tensor) -> Tensor:
+        """A mean loss, over the parts of all processes where they share the batch."""
+        if self.group is None:
+            return loss_fn(outputs, targets)
+        shards = Shards.of(self.group, len(targets))
+        # A process can be without samples; the mean over none would be NaN.
+        own = loss_fn(outputs, targets) * (len(targets) / shards.total) if len(targets) else 0.0 * outputs.sum()
+        return shards.from_shards(own)[0]
 
 
 class InnerState(NamedTuple):
@@ -249,6 +276,31 @@ def inner_step(
     return InnerState({name: moved.get(name, p) for name, p in state.parameters.items()}, buffers), value
 
 
+class CompiledStep:
+    """`inner_step`, compiled by torch for each shape at its first use, or as it is where that cannot be done.
+
+    Compiling takes a minute or more a shape, and pays for large networks and many steps; under `torch.vmap` torch runs
+    the step as it is.
+    """
+
+    def __init__(self) -> None:
+        """Prepares; nothing is compiled yet."""
+        self._step: Callable[..., tuple[InnerState, Tensor]] = torch.compile(inner_step, dynamic=False)
+
+    def __call__(
+        self, model: FunctionalModel, state: InnerState, batch: Batch, beta: Tensor, rates: Tensors
+    ) -> tuple[InnerState, Tensor]:
+        """See `inner_step`."""
+        try:
+            return self._step(model, state, batch, beta, rates)
+        except RuntimeError as error:  # the base of whatever torch's compilers raise
+            done = inner_step(model, state, batch, beta, rates)  # which raises what is not the compiler's fault
+            self._step = inner_step
+            reason = str(error).strip().partition("\n")[0]
+            warnings.warn(f"torch cannot compile the inner step, and goes on without: {reason}", stacklevel=2)
+            return done
+
+
 def trained_names(model: FunctionalModel, eta: Tensor) -> tuple[str, ...]:
     """Names of the tensors that fine-tuning moves: eta is not exactly 0, for any client of a cohort.
 
@@ -290,10 +342,11 @@ def finetune(
         rates = {name: rates[name] for name in trained}
     kept: list[InnerState] = []
     losses: list[Tensor] = []
-    for step, batch in enumerate(batches):
-        if step >= len(batches) - history:
+    step = model.compiled or inner_step
+    for number, batch in enumerate(batches):
+        if number >= len(batches) - history:
             kept.append(state)
-        state, loss = inner_step(model, state, batch, beta, rates)
+        state, loss = step(model, state, batch, beta, rates)
         losses.append(loss)
     return FineTuned(state, tuple(kept), torch.stack(losses) if losses else beta.new_zeros(0))
 
@@ -323,11 +376,12 @@ def evaluation_loss(
         statistics: what beta mixes with the pretrained statistics: the client's `running` ones, or those of the whole
             data as one `batch` (as FT (BN I) tests).
     """
-    total = sum(len(targets) for _, targets in batches)
+    batches = evaluation_batches(batches, statistics)
+    counts = [total_count(len(targets), model.group) for _, targets in batches]
     terms = []
-    for inputs, targets in evaluation_batches(batches, statistics):
+    for (inputs, targets), count in zip(batches, counts, strict=True):
         outputs, _ = model(
             state.parameters, state.buffers, beta, inputs, training=False, batch_statistics=statistics == "batch"
         )
-        terms.append(model.val_loss_fn(outputs, targets) * (len(targets) / total))
+        terms.append(model.mean_over_samples(model.val_loss_fn, outputs, targets) * (count / sum(counts)))
     return torch.stack(terms).sum()

@@ -17,6 +17,7 @@ from fedl2p.finetune import (
     Tensors,
     evaluation_batches,
     finetune,
+    trained_names,
 )
 from fedl2p.hypergradients import HypergradientEstimator, MetaProblem
 from fedl2p.meta_nets import Hyperparameters, MetaNets
@@ -70,6 +71,7 @@ def meta_step(
     *,
     clip_value: float = 1.0,
     statistics: EvaluationStatistics = "running",
+    trained: Sequence[str] | None = None,
 ) -> MetaStep:
     """Lines 9 and 10 of Algorithm 1 up to the hypergradient: recipe, fine-tuning, d L_V / d lambda.
 
@@ -82,6 +84,8 @@ def meta_step(
         client: the client's tensors.
         clip_value: bound of every entry of the hypergradient (by value).
         statistics: of the evaluation in L_V, see `evaluation_loss`.
+        trained: names of the tensors whose eta is not 0, see `moved_names`; None is all. Estimators take the gradients
+            that they need by themselves.
 
     Returns:
         The hypergradient and the losses. Where something is not finite, the gradients are 0 and `finite` is False.
@@ -93,7 +97,8 @@ def meta_step(
     hyperparameters, pull_back = vjp(recipe, lambda_)[:2]
     beta, eta = hyperparameters
     history = estimator.history(len(client.train_batches))
-    tuned = finetune(model, client.start(origin), client.train_batches, beta, eta, history=history)
+    start = client.start(origin)
+    tuned = finetune(model, start, client.train_batches, beta, eta, history=history, trained=trained)
     loss_batch = client.train_batches[0] if client.train_batches else None
     problem = MetaProblem(tuned, client.train_batches, loss_batch, client.val_batches, beta, eta, statistics)
     with torch.autocast(beta.device.type, enabled=False):  # products of gradients are too small for half precision
@@ -106,6 +111,26 @@ def meta_step(
         for name, g in gradients.items()
     }
     return MetaStep(gradients, estimate.val_loss, finite, hyperparameters)
+
+
+def moved_names(
+    model: FunctionalModel, meta_nets: MetaNets, lambdas: Tensors, net_inputs: tuple[Tensor, Tensor, Tensor]
+) -> tuple[str, ...]:
+    """Names of the tensors that a meta iteration's fine-tuning moves, for any client; called outside `torch.vmap`.
+
+    Args:
+        model: the model.
+        meta_nets: the structure of BNNet and LRNet.
+        lambdas: the parameters of `meta_nets`, of one client or stacked.
+        net_inputs: what the nets read, of one client or stacked.
+    """
+
+    def eta(lambda_: Tensors, inputs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        return functional_call(meta_nets, lambda_, inputs).eta
+
+    stacked = net_inputs[0].dim() > 1
+    with torch.no_grad():
+        return trained_names(model, torch.vmap(eta)(lambdas, net_inputs) if stacked else eta(lambdas, net_inputs))
 
 
 def meta_optimizer(lambda_: Tensors, meta_lr: dict[str, float]) -> torch.optim.SGD:

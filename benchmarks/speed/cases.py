@@ -33,7 +33,9 @@ class Client:
         self.plain: nn.Module = ResNet18(variant="cifar", num_classes=10)
         self.train: list[Batch] = [_images(32), _images(8)]
         self.val = _images(10)
-        self.model = FunctionalModel.of(convert_batchnorm(self.plain).requires_grad_(False))
+        converted = convert_batchnorm(self.plain).requires_grad_(False)
+        # As ClientRuntime does for networks of this size.
+        self.model = FunctionalModel.of(converted.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
         self.state = InnerState(*self.model.tensors())
         self.beta = torch.full((len(self.model.batchnorm_names),), BETA)
         self.eta = torch.full((len(self.model.parameter_names),), RATE)

@@ -1,8 +1,8 @@
 """The reference: one client in the order of operations of the authors' public code, written plainly.
 
-Mixed batch norm as a chain of elementwise operations; tensors in the contiguous format; client statistics in two passes
-over the data, one for the batch norms and one for the layers' inputs; a clone of the model a meta iteration; SGD a tensor
-at a time; the hypergradient by double backward on the graph of the training loss.
+Mixed batch norm as a chain of elementwise operations; tensors in the contiguous format; client statistics in two
+passes over the data, one for the batch norms and one for the layers' inputs; a clone of the model a meta iteration; SGD
+a tensor at a time; the hypergradient by double backward on the graph of the training loss.
 """
 
 import copy

@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,15 @@ from torch import nn
 from fedl2p.client import FedL2PClient, Limit, inner_batches, limited
 from fedl2p.cohort import ClientTask, CohortRunner, Evaluation, MetaUpdate, automatic_cohort_size
 from fedl2p.federation.checkpoint import load_statistics, save_statistics
-from fedl2p.finetune import Batch, EvaluationStatistics, FunctionalModel, LossFunction, RunningStart, Tensors
+from fedl2p.finetune import (
+    Batch,
+    CompiledStep,
+    EvaluationStatistics,
+    FunctionalModel,
+    LossFunction,
+    RunningStart,
+    Tensors,
+)
 from fedl2p.hypergradients import HypergradientEstimator
 from fedl2p.meta_nets import Hyperparameters, MetaNets
 from fedl2p.meta_step import META_LR
@@ -56,6 +65,7 @@ class ClientRuntime:
         cohort_size: int | None = None,
         device: torch.device | str = "cpu",
         autocast: torch.dtype | None = None,
+        compile: bool = False,
         seed: int = 0,
         trainer: dict[str, Any] | None = None,
         statistics_folder: Path | None = None,
@@ -78,6 +88,7 @@ class ClientRuntime:
                 through `Trainer.fit`.
             device: where cohorts run.
             autocast: the half precision of cohorts' fine-tuning; None is none.
+            compile: whether inner steps of single clients are compiled, see `CompiledStep`.
             seed: of the run; batch orders follow from it, the round and the client.
             trainer: arguments of the Lightning Trainer.
             statistics_folder: where clients' statistics outlast the process; None keeps them in memory only.
@@ -86,6 +97,8 @@ class ClientRuntime:
         self.device = torch.device(device)
         self.autocast = autocast
         self.model = FunctionalModel.of(model.requires_grad_(False).to(self.device), val_loss_fn=val_loss_fn)
+        if compile:
+            self.model = replace(self.model, compiled=CompiledStep())
         self.meta_nets = meta_nets.to(self.device)
         self.estimator = estimator
         self.meta_iterations = meta_iterations
@@ -98,10 +111,13 @@ class ClientRuntime:
         self.seed = seed
         self.trainer_arguments = dict(trainer or {})
         self.statistics_folder = statistics_folder
-        self.runner = CohortRunner(self.model, running_start=running_start)
         self.automatic_sizes: dict[int, int] = {}
         self._statistics: dict[int, ClientStatistics] = {}
         data.to(self.device)
+        if self.device.type == "cpu" and self._automatic_size(data.batch_size) == 1:
+            # Convolutions large enough to go one client at a time are faster so; small ones, stacked, are not.
+            model.to(memory_format=torch.channels_last)
+        self.runner = CohortRunner(self.model, running_start=running_start)
 
     @property
     def through_trainer(self) -> bool:
@@ -274,6 +290,7 @@ class ClientRuntime:
             loss_fn=self.model.loss_fn,
             val_loss_fn=self.model.val_loss_fn,
             statistics=self.statistics(client_id),
+            compiled=self.model.compiled,
         )
         data = self.data.client(client_id, seed=seed)
         quiet_trainer(self.trainer_arguments).fit(client, datamodule=data)
@@ -307,4 +324,6 @@ def quiet_trainer(arguments: dict[str, Any]) -> L.Trainer:
         # L_V is part of the training step; Lightning's own validation would fine-tune once more.
         "check_val_every_n_epoch": sys.maxsize,
     }
+    if arguments.get("devices", "auto") == "auto":
+        arguments = arguments | {"devices": 1}  # many clients, each on one device
     return L.Trainer(**(defaults | arguments))

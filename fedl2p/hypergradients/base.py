@@ -20,6 +20,7 @@ from fedl2p.finetune import (
     evaluation_batches,
     evaluation_loss,
 )
+from fedl2p.parallel import total_count
 
 with warnings.catch_warnings(), forward_ad.dual_level():
     # At its first use torch scripts the rules of forward mode, and warns its users that scripting is deprecated.
@@ -91,18 +92,19 @@ def validation_gradient(model: FunctionalModel, problem: MetaProblem) -> Validat
     """L_V in evaluation mode, and its derivatives by parameters, running statistics and beta, batch by batch."""
     state = problem.tuned.final
     running, fixed = split_running(state.buffers)
-    total = sum(len(targets) for _, targets in problem.val_batches)
+    batches = evaluation_batches(problem.val_batches, problem.statistics)
+    counts = [total_count(len(targets), model.group) for _, targets in batches]
 
-    def loss(parameters: Tensors, running: Tensors, beta: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def loss(parameters: Tensors, running: Tensors, beta: Tensor, batch: Batch, share: float) -> tuple[Tensor, Tensor]:
         now = InnerState(parameters, {**running, **fixed})
         value = evaluation_loss(model, now, beta, [batch], statistics=problem.statistics)
-        value = value * (len(batch[1]) / total)
+        value = value * share
         return value, value
 
     result: ValidationGradient | None = None
-    for batch in evaluation_batches(problem.val_batches, problem.statistics):
+    for batch, count in zip(batches, counts, strict=True):
         (dp, dr, db), value = grad(loss, argnums=(0, 1, 2), has_aux=True)(
-            state.parameters, running, problem.beta, batch
+            state.parameters, running, problem.beta, batch, count / sum(counts)
         )
         term = ValidationGradient(value, dp, dr, db)
         result = term if result is None else _add(result, term)

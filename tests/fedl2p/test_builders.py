@@ -243,6 +243,12 @@ def test_a_model_of_other_classes_is_told_so() -> None:
         check_model(chosen, build_data(chosen), SmallConvNet(widths=[4, 4, 4], num_classes=3))
 
 
+def test_several_devices_for_one_client_are_refused_with_what_to_do() -> None:
+    with pytest.raises(ConfigError, match=r"trainer\.devices is 2; .*federation\.engine=ray"):
+        check_trainer(config("trainer.accelerator=cpu", "trainer.devices=2"))
+    check_trainer(config("trainer.accelerator=cpu", "trainer.devices=auto"))
+
+
 # Where, and in which precision, cohorts run
 
 

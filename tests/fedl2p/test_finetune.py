@@ -2,6 +2,9 @@
 
 import copy
 import math
+import warnings
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,12 +13,14 @@ from torch import Tensor, nn
 
 from fedl2p.errors import ConfigError, ModelError
 from fedl2p.finetune import (
+    CompiledStep,
     FunctionalModel,
     InnerState,
     evaluation_loss,
     expected_error,
     finetune,
     initial_running,
+    inner_step,
     trained_names,
 )
 from fedl2p.statistics import collect_statistics
@@ -250,3 +255,59 @@ def test_the_expected_error_is_the_mean_probability_of_wrong_answers() -> None:
     targets = torch.tensor([0, 0, 0])
     # 1/2, 1/4, and 1 for the answer that is surely wrong.
     torch.testing.assert_close(expected_error(outputs, targets), torch.tensor(1.75 / 3, dtype=torch.float64))
+
+
+# Compiled steps
+
+
+def test_a_compiled_step_is_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[Any] = []
+
+    def compile(function: Any, **options: Any) -> Any:
+        compiled.append((function, options))
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile)
+    case = conv_case()
+    model = replace(case.model, compiled=CompiledStep())
+    expected = case.tune().final
+    found = finetune(model, case.start, case.train, case.beta, case.eta).final
+    assert compiled == [(inner_step, {"dynamic": False})]
+    assert all(torch.equal(found.parameters[name], p) for name, p in expected.parameters.items())
+
+
+def test_without_a_compiler_steps_go_on_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def broken(*arguments: Any) -> Any:
+        calls.append(1)
+        raise RuntimeError("No working C++ compiler found\nand more")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: broken)
+    case = conv_case()
+    model = replace(case.model, compiled=CompiledStep())
+    with pytest.warns(UserWarning, match=r"cannot compile .*: No working C\+\+ compiler found$"):
+        found = finetune(model, case.start, case.train, case.beta, case.eta).final
+    assert len(calls) == 1
+    assert all(torch.equal(found.parameters[name], p) for name, p in case.tune().final.parameters.items())
+
+
+def test_an_error_of_the_step_itself_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    case = conv_case()
+    model = replace(case.model, compiled=CompiledStep())
+    bad = [(case.train[0][0][:, :, :1], case.train[0][1])]  # images too small for the second convolution
+    with pytest.raises(RuntimeError, match=r"[Kk]ernel size"):
+        finetune(model, case.start, bad, case.beta, case.eta)
+
+
+@pytest.mark.slow
+def test_torch_compiles_the_step() -> None:
+    case = conv_case()
+    model = replace(case.model, compiled=CompiledStep())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, at its first compilation
+        found = finetune(model, case.start, case.train, case.beta, case.eta).final
+    assert model.compiled is not None and model.compiled._step is not inner_step
+    for name, p in case.tune().final.parameters.items():
+        torch.testing.assert_close(found.parameters[name], p, rtol=0, atol=1e-10)

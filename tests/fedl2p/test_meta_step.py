@@ -1,5 +1,7 @@
 """One meta iteration: the chain to lambda, clipping, skipping what is not finite, and the optimizer's groups."""
 
+from typing import Any
+
 import pytest
 import torch
 from core_cases import Case, close, conv_case, unchanged
@@ -7,10 +9,10 @@ from torch import Tensor
 from torch.func import functional_call
 
 from fedl2p.errors import ConfigError
-from fedl2p.finetune import FunctionalModel, InnerState
+from fedl2p.finetune import FunctionalModel, InnerState, inner_step
 from fedl2p.hypergradients import ESTIMATORS, FOMAML, IFT, Hypergradient, HypergradientEstimator, MetaProblem, Unrolled
 from fedl2p.meta_nets import MetaNets
-from fedl2p.meta_step import ClientInputs, MetaStep, evaluate, meta_optimizer, meta_step, personalize
+from fedl2p.meta_step import ClientInputs, MetaStep, evaluate, meta_optimizer, meta_step, moved_names, personalize
 
 RATES = {"bn_net": 0.01, "lr_net": 0.02, "base_lr": 0.03}
 
@@ -159,3 +161,34 @@ def test_evaluate_gives_outputs_in_order_and_their_mean_loss(statistics: str) ->
     )
     close(outputs, expected, 1e-12)
     close(loss, torch.nn.functional.cross_entropy(expected, targets), 1e-12)
+
+
+# Tensors that fine-tuning does not move
+
+
+@pytest.mark.parametrize("estimator", [Unrolled(), FOMAML(), IFT()], ids=lambda e: type(e).__name__)
+def test_tensors_with_eta_0_are_left_out_of_fine_tuning_with_the_same_result(
+    estimator: HypergradientEstimator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, nets, origin, lambda_, client = setting()
+    lambda_["base_lr"][:3] = 0.0
+    trained = moved_names(case.model, nets, lambda_, client.net_inputs)
+    assert trained == case.model.parameter_names[3:]
+    stacked = {name: torch.stack([p, p]) for name, p in lambda_.items()}
+    stacked["base_lr"][1, 1] = 0.5
+    xi, moments, count = (torch.stack([t, t]) for t in client.net_inputs)
+    both = moved_names(case.model, nets, stacked, (xi, moments, count))
+    assert both == (case.model.parameter_names[1], *trained)
+    asked: list[int] = []
+
+    def counted(model: Any, state: Any, batch: Any, beta: Any, rates: Any) -> Any:
+        asked.append(len(rates))
+        return inner_step(model, state, batch, beta, rates)
+
+    monkeypatch.setattr("fedl2p.finetune.inner_step", counted)
+    few = meta_step(case.model, nets, estimator, origin, lambda_, client, trained=trained)
+    every = meta_step(case.model, nets, estimator, origin, lambda_, client)
+    steps = len(case.train)
+    assert asked == [len(trained)] * steps + [len(case.model.parameter_names)] * steps
+    for name, gradient in every.gradients.items():
+        close(few.gradients[name], gradient, 1e-10)

@@ -213,6 +213,17 @@ def test_half_precision_gives_one_lambda_in_a_cohort_and_in_a_trainer() -> None:
         torch.testing.assert_close(alone.lambda_[name], tensor, rtol=0, atol=0.1 * moved + 1e-7)
 
 
+def test_large_networks_have_the_format_that_suits_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = Federation(client_fraction=1.0, runtime={"cohort_size": 2})
+    monkeypatch.setattr("fedl2p.cohort.CPU_COHORT_VALUES", 1)
+    large = Federation(client_fraction=1.0, runtime={"cohort_size": 2})
+    weights = [federation.runtime.model.module.conv2.weight for federation in (plain, large)]
+    assert [w.is_contiguous(memory_format=torch.channels_last) for w in weights] == [False, True]
+    expected = plain.run().lambda_
+    for name, tensor in large.run().lambda_.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-5)
+
+
 def test_a_round_is_the_weighted_mean_of_each_client_s_own_update() -> None:
     federation = Federation(client_fraction=1.0)
     after = federation.run(1).lambda_
