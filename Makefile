@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo test test-slow lint clean
+.PHONY: install demo test test-slow lint bench clean
 
 install: $(STAMP)
 
@@ -21,6 +21,10 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
+
+# How fast each part is, against a reference in the same process; writes benchmarks/results.json and .md.
+bench: install
+	$(BIN)/python -m benchmarks.speed
 
 lint: install
 	$(BIN)/ruff check .

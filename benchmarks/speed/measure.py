@@ -4,7 +4,6 @@ import argparse
 import json
 import multiprocessing
 import platform
-import resource
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -14,8 +13,6 @@ from typing import Any
 
 import torch
 
-MEBIBYTE = 1 << 20
-
 
 @dataclass(frozen=True)
 class Row:
@@ -23,21 +20,23 @@ class Row:
 
     Attributes:
         work: what was done.
-        seconds: median.
+        value: median.
         reference: what it is compared with.
-        reference_seconds: median.
+        reference_value: median.
         ratio: median of the ratios of each turn.
         target: the largest ratio that was asked for, or None.
         note: what else to know.
+        unit: of the values: s or MiB.
     """
 
     work: str
-    seconds: float
+    value: float
     reference: str
-    reference_seconds: float
+    reference_value: float
     ratio: float
     target: float | None = None
     note: str = ""
+    unit: str = "s"
 
 
 def in_turns(
@@ -75,26 +74,24 @@ def _seconds(function: Callable[[], Any]) -> float:
 
 
 def peak_memory(function: Callable[..., Any], *arguments: Any) -> tuple[float, float]:
-    """MiB that a new process needs at most while it calls `function(*arguments)`, and seconds that the call takes.
-
-    `function` prepares, and returns what is then measured; what is taken before is not counted.
-    """
+    """The peak memory of a new process in MiB, after `call = function(*arguments)`, and after `call()`."""
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
-        memory, seconds = pool.apply(_peak, (function, arguments))
-    return memory, seconds
+        before, after = pool.apply(_peak, (function, arguments))
+    return before, after
 
 
 def _peak(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[float, float]:
     call = function(*arguments)
     before = _resident()
-    started = time.perf_counter()
     call()
-    return _resident() - before, time.perf_counter() - started
+    return before, _resident()
 
 
 def _resident() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MEBIBYTE
+    """The largest resident size so far, in MiB (getrusage's would begin with that of the process before)."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
 def machine() -> str:
@@ -115,20 +112,21 @@ def machine() -> str:
 
 def table(rows: list[Row]) -> str:
     """Markdown."""
-    lines = ["| work | time | against | its time | ratio | target | |", "| --- | --- | --- | --- | --- | --- | --- |"]
+    lines = ["| work | | against | | ratio | target | |", "| --- | --- | --- | --- | --- | --- | --- |"]
     for row in rows:
-        target = (
-            "" if row.target is None else f"{row.target:g} " + ("met" if row.ratio <= row.target else "**not met**")
-        )
+        met = "met" if row.target is not None and row.ratio <= row.target else "**not met**"
+        target = "" if row.target is None else f"{row.target:.2g} {met}"
+        value, reference = _amount(row.value, row.unit), _amount(row.reference_value, row.unit)
         lines.append(
-            f"| {row.work} | {_time(row.seconds)} | {row.reference} | {_time(row.reference_seconds)} | "
-            f"{row.ratio:.2f} | {target} | {row.note} |"
+            f"| {row.work} | {value} | {row.reference} | {reference} | {row.ratio:.2f} | {target} | {row.note} |"
         )
     return "\n".join(lines)
 
 
-def _time(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+def _amount(value: float, unit: str) -> str:
+    if unit == "MiB":
+        return f"{value:.0f} MiB"
+    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.3g} ms"
 
 
 def command(description: str | None, measure: Callable[[bool], list[Row]]) -> None:

@@ -5,6 +5,7 @@ Time: 2 minutes on 2 cores.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from benchmarks.speed.cases import small_runtime
 from benchmarks.speed.measure import Row, command, in_turns, peak_memory
@@ -75,23 +76,12 @@ def measure(quick: bool) -> list[Row]:
         bare.meta_update(starts, many, 1)
 
     row = in_turns(f"a round of {clients} clients", whole, compute, against="its compute alone", repeats=repeats)
-    overhead = 1000 * (row.seconds - row.reference_seconds) / clients
-    rows.append(Row(**{**row.__dict__, "note": f"{overhead:.1f} ms of overhead a client (target: 5)"}))
-    memory = {n: peak_memory(federation, n) for n in (10, 100, 1000)}
+    overhead = 1000 * (row.value - row.reference_value) / clients
+    rows.append(replace(row, note=f"{overhead:.1f} ms of overhead a client (target: 5)"))
     for few, more, target in ((10, 100, None), (100, 1000, 1.1)):
-        (a, seconds_a), (b, seconds_b) = memory[few], memory[more]
-        rows.append(
-            Row(
-                f"a round of {more} clients",
-                seconds_b,
-                f"{few} clients",
-                seconds_a,
-                seconds_b / seconds_a,
-                None,
-                f"peak memory beyond data and set-up {b:.0f} MiB against {a:.0f} MiB"
-                + ("" if target is None else f"; of the whole process see below, target {target}"),
-            )
-        )
+        a, b = peak_memory(federation, few)[1], peak_memory(federation, more)[1]
+        work = f"peak memory of a round of {more} clients"
+        rows.append(Row(work, b, f"{few} clients", a, b / a, target, unit="MiB"))
     return rows
 
 
