@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from datamodules.domains import Samples
-from datamodules.files import data_folder, missing_data
+from datamodules.files import data_folder, missing_data, with_bar
 from datamodules.images import image_files, read_images
 from datamodules.people import People, PeopleDataModule
 from fedl2p.errors import DataError
@@ -109,7 +109,7 @@ def _from_json(files: Sequence[Path]) -> dict[str, Samples]:
     """LEAF's files: `user_data` by writer, with `x`, lists of 784 numbers from 0 to 1, and `y`."""
     images: dict[str, list[np.ndarray]] = {}
     labels: dict[str, list[int]] = {}
-    for path in files:
+    for path in with_bar(files, "Reading FEMNIST"):
         try:
             writers = json.loads(path.read_bytes())["user_data"]
             for writer, own in writers.items():

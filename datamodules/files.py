@@ -4,15 +4,27 @@ import contextlib
 import hashlib
 import http.client
 import os
+import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+    track,
+)
 
 from fedl2p.errors import DataError
+
+Item = TypeVar("Item")
 
 ENVIRONMENT = "FEDL2P_DATA"
 """The environment variable that names the folder of all data sets; `data` in the working directory otherwise."""
@@ -42,6 +54,12 @@ def missing_data(what: str, *, looked_for: Path | str, get: str) -> DataError:
         f"{what} is not there: {looked_for} is missing. {get} Another place can be named by data.init_args.root, or "
         f"for all data sets by the environment variable {ENVIRONMENT}."
     )
+
+
+def with_bar(items: Sequence[Item], description: str) -> Iterable[Item]:
+    """The items in order, with a bar on standard error that goes when all are done; none where it is no terminal."""
+    console = Console(stderr=True, quiet=not sys.stderr.isatty())
+    return track(items, description=description, console=console, transient=True)
 
 
 def download(url: str, path: Path, *, sha256: str) -> None:

@@ -2,17 +2,15 @@
 
 import hashlib
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
+from datamodules.files import with_bar
 from fedl2p.errors import DataError
 
 CLIP_SECONDS = 1.0
@@ -100,9 +98,7 @@ def _mfcc(clips: Sequence[Clip]) -> np.ndarray:
     librosa, _ = _libraries()
     frames = int(RATE * CLIP_SECONDS) // HOP + 1
     result = np.empty((len(clips), 1, COEFFICIENTS, frames), dtype=np.float32)
-    starts = range(0, len(clips), _AT_ONCE)
-    quiet = Console(stderr=True, quiet=not sys.stderr.isatty())
-    for start in track(starts, description="Computing MFCCs", console=quiet, transient=True):
+    for start in with_bar(range(0, len(clips), _AT_ONCE), "Computing MFCCs"):
         waves = np.stack([_wave(clip) for clip in clips[start : start + _AT_ONCE]])
         options = {"sr": RATE, "n_mfcc": COEFFICIENTS, "n_fft": WINDOW, "hop_length": HOP, "n_mels": MELS}
         result[start : start + _AT_ONCE, 0] = librosa.feature.mfcc(y=waves, **options)

@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from datamodules.domains import Samples
-from datamodules.files import data_folder, download, missing_data
+from datamodules.files import data_folder, download, missing_data, with_bar
 from datamodules.mfcc import CLIP_SECONDS, Clip, cached_mfcc, wave_seconds
 from datamodules.partition import IntArray
 from datamodules.people import People, PeopleDataModule
@@ -154,7 +154,7 @@ class SpeechCommandsDataModule(PeopleDataModule):
         found: set[bytes] = set()
         spoken: dict[str, Samples] = {}
         words = []
-        for speaker, samples in chosen.items():
+        for speaker, samples in with_bar(list(chosen.items()), "Comparing clips"):
             own = samples.take(_first_of_equal_bytes(samples, found))
             of_words = np.flatnonzero(own.labels < _SILENCE)
             others = rng.permutation(np.flatnonzero(own.labels == _UNKNOWN))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from datamodules.files import ENVIRONMENT, data_folder, download, missing_data
+from datamodules.files import ENVIRONMENT, data_folder, download, missing_data, with_bar
 from fedl2p.errors import DataError
 
 CONTENT = bytes(range(256)) * 40_000  # 10 MB
@@ -111,3 +111,10 @@ def test_missing_data_name_the_file_the_source_and_the_settings() -> None:
         "Stars is not there: /all/stars.npz is missing. Look up. Another place can be named by data.init_args.root, or "
         "for all data sets by the environment variable FEDL2P_DATA."
     )
+
+
+def test_items_pass_a_bar_in_order_and_nothing_is_shown_where_there_is_no_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert list(with_bar([3, 1, 2], "Counting")) == [3, 1, 2]
+    assert capsys.readouterr() == ("", "")
