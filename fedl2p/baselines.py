@@ -69,8 +69,8 @@ FINE_TUNING: dict[str, FineTuning] = {
 def tune_rate(loss_of: Callable[[float], float], rates: Sequence[float]) -> tuple[float, dict[float, float]]:
     """Finds the rate with the lowest loss on a grid that grows until its best is inside.
 
-    Where the best is the lowest (highest) rate, the next lower (higher) one is tried, in the
-    ratio of the outermost two. A loss that is not finite counts as infinite.
+    Where the best is the lowest (highest) rate, the next lower (higher) one is tried, in the ratio of the outermost
+    two. A loss that is not finite counts as infinite; where all are, the next lower rate is tried.
 
     Args:
         loss_of: the validation loss of a rate; called once for each.
@@ -81,7 +81,7 @@ def tune_rate(loss_of: Callable[[float], float], rates: Sequence[float]) -> tupl
 
     Raises:
         ConfigError: fewer than two rates, or one that is not positive.
-        FederationError: no rate has a finite loss, or the loss still falls at the end of a very long grid.
+        FederationError: at the end of a very long grid no rate has a finite loss, or the loss still falls.
     """
     grid = sorted(set(rates))
     if len(grid) < 2 or grid[0] <= 0:
@@ -94,18 +94,17 @@ def tune_rate(loss_of: Callable[[float], float], rates: Sequence[float]) -> tupl
     losses = {rate: measured(rate) for rate in grid}
     while True:
         best = min(losses, key=lambda rate: losses[rate])
-        if math.isinf(losses[best]):
-            raise FederationError(
-                f"Fine-tuning diverges at every rate tried, {grid[0]:g} to {grid[-1]:g}; add lower ones."
-            )
-        if grid[0] < best < grid[-1]:
+        diverges = math.isinf(losses[best])
+        if grid[0] < best < grid[-1] and not diverges:
             return best, {rate: losses[rate] for rate in grid}
         if len(grid) >= MOST_RATES:
+            if diverges:
+                raise FederationError(f"Fine-tuning diverges at every rate tried, {grid[0]:g} to {grid[-1]:g}.")
             raise FederationError(
                 f"The validation loss of fine-tuning still falls at the rate {best:g}, the end of a grid of "
                 f"{len(grid)} rates; choose baselines.rates around the best."
             )
-        new = grid[0] ** 2 / grid[1] if best == grid[0] else grid[-1] ** 2 / grid[-2]
+        new = grid[0] ** 2 / grid[1] if best == grid[0] or diverges else grid[-1] ** 2 / grid[-2]
         losses[new] = measured(new)
         grid = sorted(losses)
 

@@ -63,8 +63,14 @@ def test_a_loss_that_is_flat_is_no_endless_search() -> None:
     assert best in losses
 
 
+def test_where_every_rate_diverges_lower_ones_are_tried() -> None:
+    best, losses = tune_rate(lambda rate: math.nan if rate > 0.02 else bowl(0.003)(rate), [0.1, 0.4])
+    assert best == pytest.approx(0.1 / 4**3)
+    assert [math.isinf(losses[rate]) for rate in sorted(losses)] == [False] * 3 + [True] * 3
+
+
 def test_rates_that_all_diverge_are_an_error_with_the_range() -> None:
-    with pytest.raises(FederationError, match=r"every rate tried, 0\.1 to 1"):
+    with pytest.raises(FederationError, match=r"every rate tried, 1e-23 to 1\."):
         tune_rate(lambda rate: math.nan, [0.1, 1.0])
 
 
