@@ -1,20 +1,63 @@
 """Batch norm that mixes pretrained and client statistics by beta (Eq. 1 and 2 of the FedL2P paper).
 
-The layers are written in plain arithmetic, in few passes over the inputs (an autograd function of our own was slower:
-its detours through functorch cost more than the passes that it saves). A forward pass in training mode replaces the
+The layers are written in plain arithmetic, in few passes over the inputs. A forward pass in training mode replaces the
 running statistics by new tensors instead of writing into the old ones. So `torch.func.functional_call` makes the layers
-pure functions, and gradients, Jacobian-vector products of gradients and `torch.vmap` all pass through them.
+pure functions, and gradients, Jacobian-vector products of gradients and `torch.vmap` all pass through them. Where first
+derivatives outside of those transforms are enough, as in the inner loop of a client that goes alone, PyTorch's kernels
+do the same in half the passes.
 """
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedl2p.errors import ModelError
 from fedl2p.parallel import Shards
 from fedl2p.substitutes import substitute
+
+
+class _MixedInKernels(torch.autograd.Function):
+    """Training mode in PyTorch's kernels: two passes over the inputs forward, three backward; once differentiable.
+
+    From (inputs, weight, bias, beta, pretrained mean, pretrained variance, eps) to the outputs and the batch's mean and
+    biased variance. Gradients reach inputs, weight and bias, from the outputs alone.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        inputs, weight, bias, beta, pretrained_mean, pretrained_var, eps = args
+        # Running statistics that are thrown away; their type is that in which the kernel computes.
+        scratch = torch.zeros_like(pretrained_mean), torch.ones_like(pretrained_var)
+        batch_mean, batch_var = torch.batch_norm_update_stats(inputs, *scratch, 0.0)
+        mean = torch.lerp(pretrained_mean, batch_mean, beta)
+        var = torch.lerp(pretrained_var, batch_var, beta)
+        outputs = torch.native_batch_norm(inputs, weight, bias, mean, var, False, 0.0, eps)[0]
+        ctx.save_for_backward(inputs, weight, batch_mean, mean, var, beta)
+        ctx.eps = eps
+        ctx.mark_non_differentiable(batch_mean, batch_var)
+        return outputs, batch_mean, batch_var
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, weight, batch_mean, mean, var, beta = ctx.saved_tensors
+        _, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
+            gradients[0], inputs, weight, mean, var, None, None, False, ctx.eps, [False, True, True]
+        )
+        # The mixed mean moves by beta / n with an input, the mixed variance by beta * 2 (input - batch mean) / n.
+        share = beta * inputs.shape[1] / inputs.numel()
+        precision = 1 / (var + ctx.eps)
+        scale = weight * precision.sqrt()
+        slope = -share * precision * weight * d_weight
+        offset = -share * scale * d_bias - slope * batch_mean
+        shape = (1, -1) + (1,) * (inputs.dim() - 2)
+        scale, slope, offset = (factor.to(inputs.dtype).view(shape) for factor in (scale, slope, offset))
+        d_inputs = torch.addcmul(offset, slope, inputs).addcmul_(scale, gradients[0])
+        return d_inputs, d_weight, d_bias, None, None, None, None
 
 
 class MixedBatchNorm(nn.Module):
@@ -37,6 +80,8 @@ class MixedBatchNorm(nn.Module):
         shards: who shares the batches, while several processes do; statistics are then those of the whole batch.
         differentiable_statistics: whether gradients flow into the new running statistics. Off in ordinary use, where
             the graphs of all steps would pile up; a `FunctionalModel` turns it on while it runs.
+        first_order: whether nothing but the first derivatives by inputs, weight and bias will be asked for, and no
+            transform of `torch.func` is at work. Off, but for the inner loop of a client that goes alone.
     """
 
     dims: tuple[int, ...] = ()
@@ -65,6 +110,7 @@ class MixedBatchNorm(nn.Module):
         self.momentum = source.momentum
         self.layer_name = layer_name
         self.differentiable_statistics = False
+        self.first_order = False
         self.shards: Shards | None = None
         self.weight = copy.deepcopy(source.weight)
         self.bias = copy.deepcopy(source.bias)
@@ -102,6 +148,22 @@ class MixedBatchNorm(nn.Module):
             raise ModelError(
                 f"Batch-norm layer '{self.layer_name}' takes floating-point inputs, but got {inputs.dtype}."
             )
+        outputs = self._in_kernels(inputs) if self.training and self.first_order else None
+        if outputs is None:
+            outputs = self._in_arithmetic(inputs)
+        return outputs if self.activation is None else self.activation(outputs)
+
+    def _in_kernels(self, inputs: Tensor) -> Tensor | None:
+        """Training mode in kernels; None where these are not for such inputs."""
+        if inputs.device.type != "cpu" or self.shards is not None or self.weight is None or self.bias is None:
+            return None
+        values = self._values(inputs)
+        pretrained = self.pretrained_mean, self.pretrained_var
+        outputs, mean, var = _MixedInKernels.apply(inputs, self.weight, self.bias, self.beta, *pretrained, self.eps)
+        self._move_running(mean, var, values)
+        return outputs
+
+    def _in_arithmetic(self, inputs: Tensor) -> Tensor:
         shape = (1, -1) + (1,) * (inputs.dim() - 2)
         wide = self.running_mean.dtype  # statistics are not taken in half precision
         if self.training:
@@ -125,8 +187,7 @@ class MixedBatchNorm(nn.Module):
         if self.bias is not None:
             shift = shift + self.bias
         scale, shift = self._on_samples(scale, shift)
-        outputs = inputs * scale.to(inputs.dtype).view(shape) + shift.to(inputs.dtype).view(shape)
-        return outputs if self.activation is None else self.activation(outputs)
+        return inputs * scale.to(inputs.dtype).view(shape) + shift.to(inputs.dtype).view(shape)
 
     def _sum(self, inputs: Tensor, dtype: torch.dtype) -> Tensor:
         """By channel, over the whole batch."""

@@ -4,7 +4,7 @@ Every function takes any clients, groups them by shape, and answers in the order
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -167,6 +167,7 @@ class CohortRunner:
     ) -> None:
         """Takes theta_g from the model's module; arguments as the attributes."""
         self.model = model
+        self._one_model = replace(model, alone=True) if model.compiled is None else model
         self.origin = InnerState(*model.tensors())
         self.cohort_size = cohort_size
         self.running_start = running_start
@@ -198,9 +199,11 @@ class CohortRunner:
         """
         results: dict[int, MetaUpdate] = {}
 
-        def step(lambda_: Tensors, client: ClientInputs, trained: tuple[str, ...]) -> tuple[Any, ...]:
+        def step(
+            lambda_: Tensors, client: ClientInputs, model: FunctionalModel, trained: tuple[str, ...]
+        ) -> tuple[Any, ...]:
             done = meta_step(
-                self.model,
+                model,
                 meta_nets,
                 estimator,
                 self.origin,
@@ -220,7 +223,8 @@ class CohortRunner:
                 client = self._inputs([tasks[i] for i in positions])
                 detached = {name: p.detach() for name, p in lambda_.items()}
                 trained = moved_names(self.model, meta_nets, detached, client.net_inputs)
-                gradients, loss, ok, recipe = over_clients(partial(step, trained=trained), detached, client)
+                function = partial(step, model=self._model_for(positions), trained=trained)
+                gradients, loss, ok, recipe = over_clients(function, detached, client)
                 for name, p in lambda_.items():
                     p.grad = gradients[name]
                 optimizer.step()
@@ -261,27 +265,27 @@ class CohortRunner:
         for part in parts:
             if any(not getattr(task, f"{part}_batches") for task in tasks):
                 raise DataError(f"A client has no {part} data to be measured on.")
+
+        def run(
+            client: ClientInputs,
+            recipe: Hyperparameters,
+            batches: dict[str, list[Batch]],
+            model: FunctionalModel,
+            trained: tuple[str, ...],
+        ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+            state = client.start(self.origin)
+            if finetune:
+                state = personalize(model, state, client.train_batches, recipe, trained).final
+            return {
+                part: evaluate(model, state, recipe.beta, data, statistics=statistics) for part, data in batches.items()
+            }
+
         for positions in groups(tasks, self.cohort_size):
             chosen = [tasks[i] for i in positions]
             recipe = stack([recipes[i] for i in positions])
-            trained = trained_names(self.model, recipe.eta)
             batches = {part: stack([getattr(task, f"{part}_batches") for task in chosen]) for part in parts}
-
-            def run(
-                client: ClientInputs,
-                recipe: Hyperparameters,
-                batches: dict[str, list[Batch]],
-                trained: tuple[str, ...] = trained,
-            ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-                state = client.start(self.origin)
-                if finetune:
-                    state = personalize(self.model, state, client.train_batches, recipe, trained).final
-                return {
-                    part: evaluate(self.model, state, recipe.beta, data, statistics=statistics)
-                    for part, data in batches.items()
-                }
-
-            measured = over_clients(run, self._inputs(chosen), recipe, batches)
+            function = partial(run, model=self._model_for(positions), trained=trained_names(self.model, recipe.eta))
+            measured = over_clients(function, self._inputs(chosen), recipe, batches)
             for row, position in enumerate(positions):
                 results[position] = {
                     part: Evaluation(
@@ -293,6 +297,10 @@ class CohortRunner:
                     for part, (outputs, loss, val_loss) in measured.items()
                 }
         return [results[i] for i in range(len(tasks))]
+
+    def _model_for(self, clients: Sequence[int]) -> FunctionalModel:
+        """The model as it is fastest for so many clients at once."""
+        return self._one_model if len(clients) == 1 else self.model
 
     def _inputs(self, tasks: Sequence[ClientTask]) -> ClientInputs:
         """The tasks, stacked."""

@@ -79,6 +79,8 @@ class FunctionalModel:
         parameter_names: the P parameter tensors, in the order of eta.
         group: the processes that share each batch, as `torch.distributed` knows them; None is this one alone.
         compiled: `inner_step`, compiled, which `finetune` then takes; None is as it is.
+        alone: whether inner steps are taken for one client, outside of the transforms of `torch.func`; `torch.autograd`
+            then takes their gradients, and batch norms run in kernels, which is faster.
     """
 
     module: nn.Module
@@ -88,6 +90,7 @@ class FunctionalModel:
     parameter_names: tuple[str, ...]
     group: Any = None
     compiled: "CompiledStep | None" = None
+    alone: bool = False
 
     @classmethod
     def of(
@@ -152,6 +155,17 @@ class FunctionalModel:
             for layer in self._layers:
                 layer.differentiable_statistics, layer.shards = False, None
         return outputs, {name: state[name] for name in buffers}
+
+    @contextmanager
+    def first_order(self) -> Iterator[None]:
+        """While training mode is differentiated once, by parameters alone and by `torch.autograd`."""
+        for layer in self._layers:
+            layer.first_order = True
+        try:
+            yield
+        finally:
+            for layer in self._layers:
+                layer.first_order = False
 
     def _mixed(self, tensor_name: str) -> bool:
         return tensor_name.rpartition(".")[0] in self.batchnorm_names
@@ -265,15 +279,30 @@ def inner_step(
         return value if scale == 1.0 else value * scale, buffers
 
     trained = {name: state.parameters[name] for name in rates}
-    if trained:
-        gradients, (value, buffers) = grad_and_value(loss, has_aux=True)(trained)
-    else:
+    gradients: Tensors
+    if not trained:
         gradients, (value, buffers) = {}, loss(trained)
+    elif model.alone and not torch.is_inference_mode_enabled():
+        with model.first_order():
+            gradients, (value, buffers) = _autograd(loss, trained)
+    else:
+        gradients, (value, buffers) = grad_and_value(loss, has_aux=True)(trained)
     if scale != 1.0:
         value, gradients = value / scale, {name: g / scale for name, g in gradients.items()}
-    moved = {name: trained[name] - rates[name] * gradients[name] for name in trained}
+    moved = {name: torch.addcmul(trained[name], rates[name], gradients[name], value=-1) for name in trained}
     # The model's own order of parameters is kept.
     return InnerState({name: moved.get(name, p) for name, p in state.parameters.items()}, buffers), value
+
+
+def _autograd(
+    loss: Callable[[Tensors], tuple[Tensor, Tensors]], trained: Tensors
+) -> tuple[Tensors, tuple[Tensor, Tensors]]:
+    """What `grad_and_value(loss, has_aux=True)` gives, without its price."""
+    with torch.enable_grad():
+        leaves = {name: p.detach().requires_grad_() for name, p in trained.items()}
+        value, buffers = loss(leaves)
+        gradients = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
+    return dict(zip(leaves, gradients, strict=True)), (value.detach(), {n: b.detach() for n, b in buffers.items()})
 
 
 class CompiledStep:

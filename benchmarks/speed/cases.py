@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,8 +35,9 @@ class Client:
         self.train: list[Batch] = [_images(32), _images(8)]
         self.val = _images(10)
         converted = convert_batchnorm(self.plain).requires_grad_(False)
-        # As ClientRuntime does for networks of this size.
-        self.model = FunctionalModel.of(converted.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
+        # As ClientRuntime and CohortRunner do for networks of this size.
+        functional = FunctionalModel.of(converted.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
+        self.model = replace(functional, alone=True)
         self.state = InnerState(*self.model.tensors())
         self.beta = torch.full((len(self.model.batchnorm_names),), BETA)
         self.eta = torch.full((len(self.model.parameter_names),), RATE)

@@ -343,3 +343,72 @@ def test_conversion_forward_and_vmap_warn_of_nothing() -> None:
         beta, x = torch.zeros(2, 2).double(), data(2, 4, 1, 4, 4)
         outputs = torch.vmap(lambda b, v: model(parameters, buffers, b, v, training=True)[0])(beta, x)
     assert outputs.shape == (2, 4, 3)
+
+
+def in_first_order(layer: nn.Module) -> MixedBatchNorm:
+    assert isinstance(layer, MixedBatchNorm)
+    other = copy.deepcopy(layer).train()
+    other.first_order = True
+    return other
+
+
+@pytest.mark.parametrize(("kind", "shape"), [*KINDS, (nn.BatchNorm2d, (4, 3, 5, 6))])
+@pytest.mark.parametrize("beta", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("momentum", [0.3, None])
+def test_kernels_give_what_arithmetic_gives(
+    kind: type[nn.Module], shape: tuple[int, ...], beta: float, momentum: float | None
+) -> None:
+    layer = convert_batchnorm(plain(kind, momentum=momentum)).train()
+    set_beta(layer, beta)
+    inputs, weights = data(*shape), data(*shape, seed=1)
+    if shape == (4, 3, 5, 6):
+        inputs = inputs.to(memory_format=torch.channels_last)
+    results = []
+    for module in (layer, in_first_order(layer)):
+        leaf = inputs.clone().requires_grad_()
+        outputs = module(leaf)
+        gradients = torch.autograd.grad((outputs * weights).sum(), [leaf, module.weight, module.bias])
+        results.append([outputs, module.running_mean, module.running_var, *gradients])
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+    assert torch.equal(layer.running_mean, plain(kind).running_mean) is False  # they moved
+
+
+def test_kernels_pass_gradcheck_and_refuse_a_second_derivative() -> None:
+    layer = convert_batchnorm(plain()).train()
+    set_beta(layer, 0.6)
+
+    def run(inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return functional_call(in_first_order(layer), {"weight": weight, "bias": bias}, inputs)
+
+    leaves = [t.detach().clone().requires_grad_() for t in (data(4, 3, 2, 2), layer.weight, layer.bias)]
+    assert torch.autograd.gradcheck(run, leaves)
+    (gradient,) = torch.autograd.grad(run(*leaves).square().sum(), leaves[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_layers_without_affine_parameters_and_evaluation_take_arithmetic_in_first_order_too() -> None:
+    for layer, mode in ((plain(affine=False), True), (plain(), False)):
+        mixed = convert_batchnorm(layer)
+        set_beta(mixed, 0.4)
+        other = in_first_order(mixed)
+        x = data(4, 3, 2, 2)
+        assert torch.equal(mixed.train(mode)(x), other.train(mode)(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_kernels_take_statistics_of_half_precision_inputs_in_full(dtype: torch.dtype) -> None:
+    layer = convert_batchnorm(plain().float()).train()
+    set_beta(layer, 0.4)
+    inputs = data(64, 3, 4, 4).to(dtype)
+    results = []
+    for module in (layer, in_first_order(layer)):
+        leaf = inputs.clone().requires_grad_()
+        outputs = module(leaf)
+        gradients = torch.autograd.grad(outputs.float().square().sum(), [leaf, module.weight])
+        assert outputs.dtype == gradients[0].dtype == dtype
+        assert module.running_var.dtype == gradients[1].dtype == torch.float32
+        results.append([outputs, *gradients, module.running_mean, module.running_var])
+    for expected, actual, tolerance in zip(*results, (0.02, 0.05, 0.02, 1e-5, 1e-3), strict=True):
+        torch.testing.assert_close(actual.float(), expected.float(), rtol=tolerance, atol=tolerance)

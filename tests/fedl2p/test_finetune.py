@@ -110,6 +110,42 @@ def test_trained_names_of_a_cohort_are_those_of_any_client() -> None:
     assert trained_names(model, torch.zeros(9)) == ()
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_steps_of_a_client_alone_are_the_steps(momentum: float | None) -> None:
+    case = conv_case(momentum=momentum)
+    alone = case._replace(model=replace(case.model, alone=True))
+    expected, names = case.tune(history=2), trained_names(case.model, case.eta)
+    skipping = finetune(alone.model, case.start, case.train, case.beta, case.eta, history=2, trained=names)
+    with unchanged(*case.start), torch.no_grad():
+        tuned = alone.tune(history=2)
+    for actual in (tuned, skipping):
+        close(actual.losses, expected.losses, 1e-12)
+        pairs = zip((actual.final, *actual.history), (expected.final, *expected.history), strict=True)
+        for state, other in pairs:
+            for part in range(2):
+                for name, value in other[part].items():
+                    close(state[part][name], value, 1e-12)
+                    assert not state[part][name].requires_grad
+    assert not any(layer.first_order for layer in case.model._layers)
+
+
+def test_steps_of_a_client_alone_work_in_inference_mode_and_with_a_parameter_that_is_not_used() -> None:
+    class Idle(ConvNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.idle = nn.Parameter(torch.ones(2))
+
+    case = make_case(seeded(Idle), image_batches(4, 5), image_batches(4))
+    alone = case._replace(model=replace(case.model, alone=True))
+    expected = case.tune().final.parameters
+    with torch.inference_mode():
+        inferred = alone.tune().final.parameters
+    for actual in (alone.tune().final.parameters, inferred):
+        assert torch.equal(actual["idle"], expected["idle"])
+        for name, value in expected.items():
+            close(actual[name], value, 1e-12)
+
+
 def test_without_a_rate_only_the_running_statistics_move() -> None:
     case = conv_case()
     tuned = finetune(case.model, case.start, case.train, case.beta, torch.zeros(9).double(), trained=())
