@@ -170,7 +170,8 @@ class FedL2PClient(L.LightningModule):
         converted = any(isinstance(module, MixedBatchNorm) for module in model.modules())
         self.model = (model if converted else convert_batchnorm(model)).requires_grad_(False)
         self.meta_nets = meta_nets if meta_nets is not None else MetaNets(self.model, base_lr=base_lr)
-        self.functional = replace(FunctionalModel.of(self.model, loss_fn, val_loss_fn), compiled=compiled)
+        functional = FunctionalModel.of(self.model, loss_fn, val_loss_fn)
+        self.functional = replace(functional, compiled=compiled, alone=compiled is None)
         self.recipe = recipe
         self.estimator = estimator if estimator is not None else Unrolled()
         self.meta_iterations = meta_iterations

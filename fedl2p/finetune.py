@@ -282,7 +282,7 @@ def inner_step(
     gradients: Tensors
     if not trained:
         gradients, (value, buffers) = {}, loss(trained)
-    elif model.alone and not torch.is_inference_mode_enabled():
+    elif model.alone and not _of_inference(state, batch):
         with model.first_order():
             gradients, (value, buffers) = _autograd(loss, trained)
     else:
@@ -292,6 +292,12 @@ def inner_step(
     moved = {name: torch.addcmul(trained[name], rates[name], gradients[name], value=-1) for name in trained}
     # The model's own order of parameters is kept.
     return InnerState({name: moved.get(name, p) for name, p in state.parameters.items()}, buffers), value
+
+
+def _of_inference(state: InnerState, batch: Batch) -> bool:
+    """Whether tensors are of inference mode, which `torch.autograd` refuses and `torch.func` takes."""
+    tensors = (*state.parameters.values(), *state.buffers.values(), *batch)
+    return torch.is_inference_mode_enabled() or any(tensor.is_inference() for tensor in tensors)
 
 
 def _autograd(

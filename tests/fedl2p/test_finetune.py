@@ -139,8 +139,12 @@ def test_steps_of_a_client_alone_work_in_inference_mode_and_with_a_parameter_tha
     alone = case._replace(model=replace(case.model, alone=True))
     expected = case.tune().final.parameters
     with torch.inference_mode():
-        inferred = alone.tune().final.parameters
-    for actual in (alone.tune().final.parameters, inferred):
+        inferred = alone.tune().final
+    going_on = finetune(alone.model, inferred, case.train, case.beta, case.eta).final.parameters
+    close(
+        going_on["fc.bias"], finetune(case.model, case.tune().final, case.train, case.beta, case.eta)[0][0]["fc.bias"]
+    )
+    for actual in (alone.tune().final.parameters, inferred.parameters):
         assert torch.equal(actual["idle"], expected["idle"])
         for name, value in expected.items():
             close(actual[name], value, 1e-12)
