@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
 
 from fedl2p.batchnorm import MixedBatchNorm, batchnorm_names
 from fedl2p.errors import ConfigError, ModelError
@@ -79,8 +80,8 @@ class FunctionalModel:
         parameter_names: the P parameter tensors, in the order of eta.
         group: the processes that share each batch, as `torch.distributed` knows them; None is this one alone.
         compiled: `inner_step`, compiled, which `finetune` then takes; None is as it is.
-        alone: whether inner steps are taken for one client, outside of the transforms of `torch.func`; `torch.autograd`
-            then takes their gradients, and batch norms run in kernels, which is faster.
+        alone: whether this is for one client, outside of the transforms of `torch.func`; `torch.autograd` then takes
+            derivatives, and batch norms and convolutions run in other kernels, which is faster.
     """
 
     module: nn.Module
@@ -155,6 +156,13 @@ class FunctionalModel:
             for layer in self._layers:
                 layer.differentiable_statistics, layer.shards = False, None
         return outputs, {name: state[name] for name in buffers}
+
+    def takes_autograd(self, *tensors: Any) -> bool:
+        """Whether `torch.autograd` takes derivatives at `tensors`, any structures of them, and not `torch.func`."""
+        if not self.alone or torch.is_inference_mode_enabled():
+            return False
+        # Which cannot look back on tensors that were made in inference mode.
+        return not any(isinstance(leaf, Tensor) and leaf.is_inference() for leaf in pytree.tree_leaves(tensors))
 
     @contextmanager
     def first_order(self) -> Iterator[None]:
@@ -282,7 +290,7 @@ def inner_step(
     gradients: Tensors
     if not trained:
         gradients, (value, buffers) = {}, loss(trained)
-    elif model.alone and not _of_inference(state, batch):
+    elif model.takes_autograd(state, batch):
         with model.first_order():
             gradients, (value, buffers) = _autograd(loss, trained)
     else:
@@ -292,12 +300,6 @@ def inner_step(
     moved = {name: torch.addcmul(trained[name], rates[name], gradients[name], value=-1) for name in trained}
     # The model's own order of parameters is kept.
     return InnerState({name: moved.get(name, p) for name, p in state.parameters.items()}, buffers), value
-
-
-def _of_inference(state: InnerState, batch: Batch) -> bool:
-    """Whether tensors are of inference mode, which `torch.autograd` refuses and `torch.func` takes."""
-    tensors = (*state.parameters.values(), *state.buffers.values(), *batch)
-    return torch.is_inference_mode_enabled() or any(tensor.is_inference() for tensor in tensors)
 
 
 def _autograd(

@@ -2,14 +2,16 @@
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.func import grad
+from torch.func import grad, vjp
+from torch.utils import _pytree as pytree
 
+from fedl2p.convolution import TwiceDifferentiableConvolutions
 from fedl2p.finetune import (
     Batch,
     EvaluationStatistics,
@@ -71,6 +73,44 @@ class HypergradientEstimator(ABC):
     @abstractmethod
     def __call__(self, model: FunctionalModel, problem: MetaProblem) -> Hypergradient:
         """The estimate at the fine-tuned state."""
+
+
+def gradient_with_pull_back(
+    model: FunctionalModel, objective: Callable[..., tuple[Tensor, Tensors]], *primals: Any
+) -> tuple[tuple[Tensors, Tensors], Callable[[tuple[Tensors, Tensors]], tuple[Any, ...]]]:
+    """The gradient of a loss, and what pulls vectors back through it: reverse mode over reverse mode, on a kept graph.
+
+    Args:
+        model: what `objective` calls; where it is for one client alone, `torch.autograd` does the work.
+        objective: (*primals) -> loss, and other tensors by name.
+        *primals: parameters by name, then any structures of floating-point tensors.
+
+    Returns:
+        The gradient by the parameters and the other tensors, and a function from a vector for each of the two to one
+        for each of the primals.
+    """
+    if not model.takes_autograd(primals):
+        return vjp(grad(objective, has_aux=True), *primals)[:2]
+    flat, structure = pytree.tree_flatten(primals)
+    leaves = [leaf.detach().requires_grad_() for leaf in flat]
+    with torch.enable_grad(), TwiceDifferentiableConvolutions():
+        moved = pytree.tree_unflatten(leaves, structure)
+        loss, others = objective(*moved)
+        found = torch.autograd.grad(loss, list(moved[0].values()), create_graph=True, materialize_grads=True)
+    gradient = dict(zip(moved[0], found, strict=True))
+
+    def pull_back(vectors: tuple[Tensors, Tensors]) -> tuple[Any, ...]:
+        pairs = [*((g, vectors[0][n]) for n, g in gradient.items()), *((o, vectors[1][n]) for n, o in others.items())]
+        pairs = [(output, vector) for output, vector in pairs if output.requires_grad]
+        pulled = [torch.zeros_like(leaf) for leaf in leaves]  # where all is constant
+        if pairs:
+            outputs, directions = zip(*pairs, strict=True)
+            pulled = list(torch.autograd.grad(outputs, leaves, directions, retain_graph=True, materialize_grads=True))
+        result: tuple[Any, ...] = pytree.tree_unflatten(pulled, structure)
+        return result
+
+    values = {name: g.detach() for name, g in gradient.items()}, {name: o.detach() for name, o in others.items()}
+    return values, pull_back
 
 
 class ValidationGradient(NamedTuple):

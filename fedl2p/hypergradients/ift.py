@@ -4,7 +4,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.func import grad, vjp
 
 from fedl2p.errors import ConfigError
 from fedl2p.finetune import FunctionalModel, Tensors
@@ -14,6 +13,7 @@ from fedl2p.hypergradients.base import (
     MetaProblem,
     add,
     dot_by_tensor,
+    gradient_with_pull_back,
     last_step_gradient,
     validation_gradient,
 )
@@ -73,20 +73,17 @@ class IFT(HypergradientEstimator):
         if loss_batch is None:
             return Hypergradient(validation.beta, torch.zeros_like(problem.eta), validation.loss)
 
-        def training_gradient(parameters: Tensors, beta: Tensor) -> Tensors:
-            def loss(parameters: Tensors) -> Tensor:
-                training = self.form == "corrected"
-                return model.loss(parameters, state.buffers, beta, loss_batch, training=training)[0]
+        def objective(parameters: Tensors, beta: Tensor) -> tuple[Tensor, Tensors]:
+            training = self.form == "corrected"
+            return model.loss(parameters, state.buffers, beta, loss_batch, training=training)[0], {}
 
-            return grad(loss)(parameters)
-
-        _, pull_back = vjp(training_gradient, state.parameters, problem.beta)[:2]
+        _, pull_back = gradient_with_pull_back(model, objective, state.parameters, problem.beta)
         v = validation.parameters
-        hessian_p, mixed = pull_back(v)
+        hessian_p, mixed = pull_back((v, {}))
         hessian_v = hessian_p
         for _ in range(self.neumann_terms):
             v = add(v, hessian_v, -self.neumann_lr)
-            hessian_v, mixed_v = pull_back(v)
+            hessian_v, mixed_v = pull_back((v, {}))
             hessian_p, mixed = add(hessian_p, hessian_v), mixed + mixed_v
         scale = 1.0 if self.form == "paper" else self.neumann_lr
         sign = 1.0 if self.form == "paper" else -1.0

@@ -13,7 +13,9 @@ from fedl2p.hypergradients.base import (
     Hypergradient,
     HypergradientEstimator,
     MetaProblem,
+    add,
     dot_by_tensor,
+    gradient_with_pull_back,
     split_running,
     validation_gradient,
 )
@@ -32,7 +34,8 @@ class Unrolled(HypergradientEstimator):
 
     With G(theta, r, beta, s) the gradient of L + s (c . R) by its first three arguments, the derivative of G at s = 0
     in the direction (-q, 0, 0, 1) is all three right-hand sides at once, and its value holds g: one `jvp` of `grad` a
-    step over the stored states, and no graph of activations.
+    step over the stored states, and no graph of activations. Second derivatives are symmetric, so pulling (-q, c) back
+    through (g, R) gives the same three; that is faster for one client alone, whose graph lives as long as the step.
 
     With dropout the recursion draws masks of its own, so it is then not exact for the steps that were taken.
 
@@ -87,8 +90,19 @@ def _step_back(
     running_adjoint: Tensors,
 ) -> _StepBack:
     running, fixed = split_running(state.buffers)
-    floating = {name: b for name, b in fixed.items() if b.is_floating_point()}
     rates = dict(zip(model.parameter_names, problem.eta.unbind(-1), strict=True))
+    direction = {name: -rates[name] * a for name, a in adjoint.items()}
+    if model.takes_autograd(state, batch):
+
+        def step(parameters: Tensors, running: Tensors, beta: Tensor) -> tuple[Tensor, Tensors]:
+            loss, after = model.loss(parameters, {**fixed, **running}, beta, batch, training=True)
+            return loss, {name: after[name] for name in running_adjoint}
+
+        primals = state.parameters, running, problem.beta
+        (gradient, _), pull_back = gradient_with_pull_back(model, step, *primals)
+        dp, dr, db = pull_back((direction, running_adjoint))
+        return _StepBack(gradient, add(adjoint, dp), dr, db)
+    floating = {name: b for name, b in fixed.items() if b.is_floating_point()}
 
     def gradients(
         parameters: Tensors, running: Tensors, beta: Tensor, share: Tensor, weights: Tensors, floating: Tensors
@@ -106,7 +120,6 @@ def _step_back(
     point = (state.parameters, running, problem.beta, share, running_adjoint, floating)
     # A zero tangent is cheaper than none: forward mode treats mixed operands slowly.
     still = pytree.tree_map(torch.zeros_like, point)
-    direction = {name: -rates[name] * a for name, a in adjoint.items()}
     tangents = (direction, *still[1:3], torch.ones_like(share), *still[4:])
     (gradient, _, _), (dp, dr, db) = jvp(gradients, point, tangents)[:2]
-    return _StepBack(gradient, {name: adjoint[name] + dp[name] for name in adjoint}, dr, db)
+    return _StepBack(gradient, add(adjoint, dp), dr, db)
