@@ -316,8 +316,8 @@ def _autograd(
 class CompiledStep:
     """`inner_step`, compiled by torch for each shape at its first use, or as it is where that cannot be done.
 
-    Compiling takes a minute or more a shape, and pays for large networks and many steps; under `torch.vmap` torch runs
-    the step as it is.
+    Compiling takes a minute or more a shape; on a CPU the step of a client that goes alone is faster as it is
+    (docs/speed.md). Under `torch.vmap` torch runs the step as it is.
     """
 
     def __init__(self) -> None:
