@@ -81,7 +81,9 @@ class FunctionalModel:
         group: the processes that share each batch, as `torch.distributed` knows them; None is this one alone.
         compiled: `inner_step`, compiled, which `finetune` then takes; None is as it is.
         alone: whether this is for one client, outside of the transforms of `torch.func`; `torch.autograd` then takes
-            derivatives, and batch norms and convolutions run in other kernels, which is faster.
+            derivatives, which is faster.
+        fused_batchnorm: whether the inner steps of a client alone take batch norms in PyTorch's kernels; faster for
+            large networks, and with a rounding of their own.
     """
 
     module: nn.Module
@@ -92,6 +94,7 @@ class FunctionalModel:
     group: Any = None
     compiled: "CompiledStep | None" = None
     alone: bool = False
+    fused_batchnorm: bool = False
 
     @classmethod
     def of(
@@ -168,7 +171,7 @@ class FunctionalModel:
     def first_order(self) -> Iterator[None]:
         """While training mode is differentiated once, by parameters alone and by `torch.autograd`."""
         for layer in self._layers:
-            layer.first_order = True
+            layer.first_order = self.fused_batchnorm
         try:
             yield
         finally:

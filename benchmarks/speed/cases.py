@@ -37,7 +37,7 @@ class Client:
         converted = convert_batchnorm(self.plain).requires_grad_(False)
         # As ClientRuntime and CohortRunner do for networks of this size.
         functional = FunctionalModel.of(converted.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
-        self.model = replace(functional, alone=True)
+        self.model = replace(functional, alone=True, fused_batchnorm=True)
         self.state = InnerState(*self.model.tensors())
         self.beta = torch.full((len(self.model.batchnorm_names),), BETA)
         self.eta = torch.full((len(self.model.parameter_names),), RATE)

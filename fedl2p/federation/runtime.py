@@ -115,8 +115,9 @@ class ClientRuntime:
         self._statistics: dict[int, ClientStatistics] = {}
         data.to(self.device)
         if self.device.type == "cpu" and self._automatic_size(data.batch_size) == 1:
-            # Convolutions large enough to go one client at a time are faster so; small ones, stacked, are not.
+            # Networks large enough to go one client at a time are faster so; small ones, stacked, are not.
             model.to(memory_format=torch.channels_last)
+            self.model = replace(self.model, fused_batchnorm=True)
         self.runner = CohortRunner(self.model, running_start=running_start)
 
     @property

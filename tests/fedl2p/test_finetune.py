@@ -111,9 +111,10 @@ def test_trained_names_of_a_cohort_are_those_of_any_client() -> None:
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_steps_of_a_client_alone_are_the_steps(momentum: float | None) -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_steps_of_a_client_alone_are_the_steps(momentum: float | None, fused: bool) -> None:
     case = conv_case(momentum=momentum)
-    alone = case._replace(model=replace(case.model, alone=True))
+    alone = case._replace(model=replace(case.model, alone=True, fused_batchnorm=fused))
     expected, names = case.tune(history=2), trained_names(case.model, case.eta)
     skipping = finetune(alone.model, case.start, case.train, case.beta, case.eta, history=2, trained=names)
     with unchanged(*case.start), torch.no_grad():
@@ -136,7 +137,7 @@ def test_steps_of_a_client_alone_work_in_inference_mode_and_with_a_parameter_tha
             self.idle = nn.Parameter(torch.ones(2))
 
     case = make_case(seeded(Idle), image_batches(4, 5), image_batches(4))
-    alone = case._replace(model=replace(case.model, alone=True))
+    alone = case._replace(model=replace(case.model, alone=True, fused_batchnorm=True))
     expected = case.tune().final.parameters
     with torch.inference_mode():
         inferred = alone.tune().final

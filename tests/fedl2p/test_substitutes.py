@@ -10,7 +10,6 @@ import timm
 import torch
 import torchvision
 from core_cases import seeded
-from omegaconf import OmegaConf
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
@@ -20,7 +19,7 @@ import fedl2p.hypergradients  # noqa: F401  (prepares forward mode)
 from datamodules.federated import FederatedDataModule
 from fedl2p.batchnorm import MixedBatchNorm2d, batchnorm_names, convert_batchnorm
 from fedl2p.builders import build_model, check_model
-from fedl2p.config import Config
+from fedl2p.config import ComponentConfig, Config
 from fedl2p.finetune import FunctionalModel
 from fedl2p.substitutes import substitute
 
@@ -146,13 +145,12 @@ AT_LARGE = {
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # of vmap, for rare operations
 @pytest.mark.parametrize(("source", "name"), [(source, name) for source in AT_LARGE for name in AT_LARGE[source]])
 def test_models_at_large_pass_the_check_before_a_run(source: str, name: str) -> None:
     path = source if source == "timm.create_model" else f"{source}.{name}"
     arguments = {"model_name": name} if source == "timm.create_model" else {}
-    settings = {"model": {"class_path": path, "init_args": {"num_classes": 4, **arguments}}}
-    config = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create({"output_dir": "unused", **settings}))
+    config = Config(model=ComponentConfig(path, {"num_classes": 4, **arguments}))
     size = 224 if "vit" in name else 64
     data = SimpleNamespace(input_shape=(3, size, size), num_classes=4)
-    loaded = cast(Config, OmegaConf.to_object(config))
-    check_model(loaded, cast(FederatedDataModule, data), build_model(loaded))
+    check_model(config, cast(FederatedDataModule, data), build_model(config))

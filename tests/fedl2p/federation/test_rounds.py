@@ -213,10 +213,14 @@ def test_half_precision_gives_one_lambda_in_a_cohort_and_in_a_trainer() -> None:
         torch.testing.assert_close(alone.lambda_[name], tensor, rtol=0, atol=0.1 * moved + 1e-7)
 
 
-def test_large_networks_have_the_format_that_suits_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = Federation(client_fraction=1.0, runtime={"cohort_size": 2})
+@pytest.mark.parametrize("cohort_size", [2, None])
+def test_large_networks_have_the_format_and_the_kernels_that_suit_them(
+    monkeypatch: pytest.MonkeyPatch, cohort_size: int | None
+) -> None:
+    plain = Federation(client_fraction=1.0, runtime={"cohort_size": cohort_size})
     monkeypatch.setattr("fedl2p.cohort.CPU_COHORT_VALUES", 1)
-    large = Federation(client_fraction=1.0, runtime={"cohort_size": 2})
+    large = Federation(client_fraction=1.0, runtime={"cohort_size": cohort_size})
+    assert [federation.runtime.model.fused_batchnorm for federation in (plain, large)] == [False, True]
     weights = [federation.runtime.model.module.conv2.weight for federation in (plain, large)]
     assert [w.is_contiguous(memory_format=torch.channels_last) for w in weights] == [False, True]
     expected = plain.run().lambda_
