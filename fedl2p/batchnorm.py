@@ -54,6 +54,8 @@ class _MixedInKernels(torch.autograd.Function):
         scale = weight * precision.sqrt()
         slope = -share * precision * weight * d_weight
         offset = -share * scale * d_bias - slope * batch_mean
+        if not ctx.needs_input_grad[0]:
+            return None, d_weight, d_bias, None, None, None, None
         shape = (1, -1) + (1,) * (inputs.dim() - 2)
         scale, slope, offset = (factor.to(inputs.dtype).view(shape) for factor in (scale, slope, offset))
         d_inputs = torch.addcmul(offset, slope, inputs).addcmul_(scale, gradients[0])
@@ -148,15 +150,17 @@ class MixedBatchNorm(nn.Module):
             raise ModelError(
                 f"Batch-norm layer '{self.layer_name}' takes floating-point inputs, but got {inputs.dtype}."
             )
-        outputs = self._in_kernels(inputs) if self.training and self.first_order else None
-        if outputs is None:
-            outputs = self._in_arithmetic(inputs)
+        outputs = self._in_kernels(inputs) if self._kernels_fit(inputs) else self._in_arithmetic(inputs)
         return outputs if self.activation is None else self.activation(outputs)
 
-    def _in_kernels(self, inputs: Tensor) -> Tensor | None:
-        """Training mode in kernels; None where these are not for such inputs."""
-        if inputs.device.type != "cpu" or self.shards is not None or self.weight is None or self.bias is None:
-            return None
+    def _kernels_fit(self, inputs: Tensor) -> bool:
+        if not (self.training and self.first_order) or self.weight is None or self.bias is None:
+            return False
+        wide = self.weight.dtype
+        half = inputs.dtype in (torch.float16, torch.bfloat16) and wide == torch.float32
+        return inputs.device.type == "cpu" and self.shards is None and (inputs.dtype == wide or half)
+
+    def _in_kernels(self, inputs: Tensor) -> Tensor:
         values = self._values(inputs)
         pretrained = self.pretrained_mean, self.pretrained_var
         outputs, mean, var = _MixedInKernels.apply(inputs, self.weight, self.bias, self.beta, *pretrained, self.eps)

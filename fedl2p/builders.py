@@ -3,6 +3,8 @@
 import functools
 import importlib
 import inspect
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -147,9 +149,9 @@ def check_model(config: Config, data: FederatedDataModule, model: nn.Module) -> 
         raise ConfigError(
             f"model: it answers with the shape {tuple(outputs.shape[1:])}; the data have {data.num_classes} classes."
         )
-    functional = FunctionalModel.of(convert_batchnorm(model).requires_grad_(False))
+    stacked = FunctionalModel.of(convert_batchnorm(model).requires_grad_(False))
 
-    def val_loss(inputs: Tensor) -> Tensor:
+    def val_loss(inputs: Tensor, functional: FunctionalModel) -> Tensor:
         batch = inputs, torch.zeros(2, dtype=torch.int64)
         beta, eta = torch.zeros(len(functional.batchnorm_names)), torch.zeros(len(functional.parameter_names))
         start = InnerState(*functional.tensors())
@@ -157,10 +159,10 @@ def check_model(config: Config, data: FederatedDataModule, model: nn.Module) -> 
         return estimator(functional, MetaProblem(tuned, [batch], batch, [batch], beta, eta)).val_loss
 
     try:
-        if cohort_size(config) == 1:
-            val_loss(inputs)
-        else:
-            torch.vmap(val_loss, randomness="different")(inputs[None])
+        if cohort_size(config) != 1:
+            torch.vmap(partial(val_loss, functional=stacked), randomness="different")(inputs[None])
+        # As do large networks, and clients who find no other of their size.
+        val_loss(inputs, replace(stacked, alone=True))
     except RuntimeError as error:
         raise ConfigError(
             f"model: a hypergradient by {config.hypergradient.name!r} cannot pass it: {error}. Second derivatives are "

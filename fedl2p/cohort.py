@@ -166,7 +166,7 @@ class CohortRunner:
         self, model: FunctionalModel, *, cohort_size: int | None = None, running_start: RunningStart = "measured"
     ) -> None:
         """Takes theta_g from the model's module; arguments as the attributes."""
-        self.model = model
+        self.model = replace(model, alone=False)
         self._one_model = replace(model, alone=True) if model.compiled is None else model
         self.origin = InnerState(*model.tensors())
         self.cohort_size = cohort_size

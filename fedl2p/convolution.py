@@ -112,8 +112,9 @@ def _convolution(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Tensor:
-    batched = input.dim() == dimensions + 2
-    if input.device.type != "cpu" or isinstance(padding, str) or not batched:
+    ordinary = input.dim() == dimensions + 2 and all(type(v) in (int, tuple, list) for v in (stride, padding, dilation))
+    real = input.is_floating_point() and weight.is_floating_point() and not torch.is_autocast_enabled("cpu")
+    if input.device.type != "cpu" or not ordinary or not real:
         outputs: Tensor = func(input, weight, bias, stride, padding, dilation, groups)
         return outputs
 

@@ -28,6 +28,8 @@ LossFunction = Callable[[Tensor, Tensor], Tensor]
 RunningStart = Literal["measured", "zero_one"]
 EvaluationStatistics = Literal["running", "batch"]
 
+# What would be computed again in the backward pass, would be so at the module's own tensors.
+NO_CHECKPOINTING = "activation checkpointing (and other hooks on saved tensors) does not work here; switch it off"
 HALF_SCALE = 1024.0  # a power of two, so that scaling rounds nothing
 
 
@@ -293,14 +295,17 @@ def inner_step(
     gradients: Tensors
     if not trained:
         gradients, (value, buffers) = {}, loss(trained)
-    elif model.takes_autograd(state, batch):
+    elif model.takes_autograd(state, batch, beta):
         with model.first_order():
             gradients, (value, buffers) = _autograd(loss, trained)
     else:
         gradients, (value, buffers) = grad_and_value(loss, has_aux=True)(trained)
     if scale != 1.0:
         value, gradients = value / scale, {name: g / scale for name, g in gradients.items()}
-    moved = {name: torch.addcmul(trained[name], rates[name], gradients[name], value=-1) for name in trained}
+    moved = {
+        name: torch.addcmul(p, rates[name].to(p.dtype), gradients[name].to(p.dtype), value=-1)
+        for name, p in trained.items()
+    }
     # The model's own order of parameters is kept.
     return InnerState({name: moved.get(name, p) for name, p in state.parameters.items()}, buffers), value
 
@@ -309,11 +314,18 @@ def _autograd(
     loss: Callable[[Tensors], tuple[Tensor, Tensors]], trained: Tensors
 ) -> tuple[Tensors, tuple[Tensor, Tensors]]:
     """What `grad_and_value(loss, has_aux=True)` gives, without its price."""
-    with torch.enable_grad():
+    with torch.enable_grad(), torch.autograd.graph.disable_saved_tensors_hooks(NO_CHECKPOINTING):
         leaves = {name: p.detach().requires_grad_() for name, p in trained.items()}
         value, buffers = loss(leaves)
-        gradients = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
+        gradients = gradients_or_zeros(value, list(leaves.values()))
     return dict(zip(leaves, gradients, strict=True)), (value.detach(), {n: b.detach() for n, b in buffers.items()})
+
+
+def gradients_or_zeros(value: Tensor, leaves: list[Tensor], *, create_graph: bool = False) -> list[Tensor]:
+    """`torch.autograd.grad`, with zeros for leaves that do not reach the value."""
+    if not value.requires_grad:
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    return list(torch.autograd.grad(value, leaves, create_graph=create_graph, materialize_grads=True))
 
 
 class CompiledStep:

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from fedl2p.convolution import TwiceDifferentiableConvolutions
 from fedl2p.finetune import (
+    NO_CHECKPOINTING,
     Batch,
     EvaluationStatistics,
     FineTuned,
@@ -21,6 +22,7 @@ from fedl2p.finetune import (
     Tensors,
     evaluation_batches,
     evaluation_loss,
+    gradients_or_zeros,
 )
 from fedl2p.parallel import total_count
 
@@ -76,27 +78,28 @@ class HypergradientEstimator(ABC):
 
 
 def gradient_with_pull_back(
-    model: FunctionalModel, objective: Callable[..., tuple[Tensor, Tensors]], *primals: Any
+    objective: Callable[..., tuple[Tensor, Tensors]], *primals: Any, by_autograd: bool
 ) -> tuple[tuple[Tensors, Tensors], Callable[[tuple[Tensors, Tensors]], tuple[Any, ...]]]:
     """The gradient of a loss, and what pulls vectors back through it: reverse mode over reverse mode, on a kept graph.
 
     Args:
-        model: what `objective` calls; where it is for one client alone, `torch.autograd` does the work.
         objective: (*primals) -> loss, and other tensors by name.
         *primals: parameters by name, then any structures of floating-point tensors.
+        by_autograd: whether `torch.autograd` does the work, see `FunctionalModel.takes_autograd`.
 
     Returns:
         The gradient by the parameters and the other tensors, and a function from a vector for each of the two to one
         for each of the primals.
     """
-    if not model.takes_autograd(primals):
+    if not by_autograd:
         return vjp(grad(objective, has_aux=True), *primals)[:2]
     flat, structure = pytree.tree_flatten(primals)
     leaves = [leaf.detach().requires_grad_() for leaf in flat]
-    with torch.enable_grad(), TwiceDifferentiableConvolutions():
+    no_hooks = torch.autograd.graph.disable_saved_tensors_hooks(NO_CHECKPOINTING)
+    with torch.enable_grad(), no_hooks, TwiceDifferentiableConvolutions():
         moved = pytree.tree_unflatten(leaves, structure)
         loss, others = objective(*moved)
-        found = torch.autograd.grad(loss, list(moved[0].values()), create_graph=True, materialize_grads=True)
+        found = gradients_or_zeros(loss, list(moved[0].values()), create_graph=True)
     gradient = dict(zip(moved[0], found, strict=True))
 
     def pull_back(vectors: tuple[Tensors, Tensors]) -> tuple[Any, ...]:

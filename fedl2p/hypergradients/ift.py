@@ -77,7 +77,12 @@ class IFT(HypergradientEstimator):
             training = self.form == "corrected"
             return model.loss(parameters, state.buffers, beta, loss_batch, training=training)[0], {}
 
-        _, pull_back = gradient_with_pull_back(model, objective, state.parameters, problem.beta)
+        _, pull_back = gradient_with_pull_back(
+            objective,
+            state.parameters,
+            problem.beta,
+            by_autograd=model.takes_autograd(state, loss_batch, problem.beta),
+        )
         v = validation.parameters
         hessian_p, mixed = pull_back((v, {}))
         hessian_v = hessian_p

@@ -92,14 +92,14 @@ def _step_back(
     running, fixed = split_running(state.buffers)
     rates = dict(zip(model.parameter_names, problem.eta.unbind(-1), strict=True))
     direction = {name: -rates[name] * a for name, a in adjoint.items()}
-    if model.takes_autograd(state, batch):
+    if model.takes_autograd(state, batch, problem.beta, problem.eta):
 
         def step(parameters: Tensors, running: Tensors, beta: Tensor) -> tuple[Tensor, Tensors]:
             loss, after = model.loss(parameters, {**fixed, **running}, beta, batch, training=True)
             return loss, {name: after[name] for name in running_adjoint}
 
         primals = state.parameters, running, problem.beta
-        (gradient, _), pull_back = gradient_with_pull_back(model, step, *primals)
+        (gradient, _), pull_back = gradient_with_pull_back(step, *primals, by_autograd=True)
         dp, dr, db = pull_back((direction, running_adjoint))
         return _StepBack(gradient, add(adjoint, dp), dr, db)
     floating = {name: b for name, b in fixed.items() if b.is_floating_point()}

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -125,6 +126,14 @@ def test_groups_are_of_equal_shapes_bounded_and_complete() -> None:
     assert list(groups(fleet.tasks, 16)) == [[0, 2, 4], [1, 3]]
     assert list(groups(fleet.tasks, 2)) == [[0, 2], [4], [1, 3]]
     assert list(groups([], 2)) == []
+
+
+def test_a_model_that_goes_alone_elsewhere_is_stacked_here() -> None:
+    fleet = Fleet()
+    expected = fleet.runner(16).evaluate(fleet.tasks, fleet.recipes)
+    runner = CohortRunner(replace(fleet.model, alone=True))
+    for one, other in zip(runner.evaluate(fleet.tasks, fleet.recipes), expected, strict=True):
+        near(one["test"].outputs, other["test"].outputs)
 
 
 def test_stack_and_take_are_inverse() -> None:

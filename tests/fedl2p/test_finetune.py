@@ -151,6 +151,27 @@ def test_steps_of_a_client_alone_work_in_inference_mode_and_with_a_parameter_tha
             close(actual[name], value, 1e-12)
 
 
+@pytest.mark.parametrize("alone", [False, True])
+def test_tensors_that_do_not_reach_the_loss_stay(alone: bool) -> None:
+    case = conv_case()
+    model = replace(case.model, alone=alone, loss_fn=lambda outputs, targets: torch.zeros((), dtype=outputs.dtype))
+    tuned = finetune(model, case.start, case.train, case.beta, case.eta)
+    assert all(torch.equal(tuned.final.parameters[name], p) for name, p in case.start.parameters.items())
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_parameters_keep_their_type_whatever_that_of_the_rates(alone: bool) -> None:
+    model = replace(FunctionalModel.of(nn.Linear(3, 2).to(torch.bfloat16)), alone=alone)
+    batch = torch.ones(4, 3, dtype=torch.bfloat16), torch.tensor([0, 1, 0, 1])
+    state = InnerState(*model.tensors())
+
+    def run(eta: Tensor) -> dict[str, Tensor]:
+        return finetune(model, state, [batch, batch], torch.zeros(0), eta).final.parameters
+
+    for tensor in (run(torch.ones(2)) if alone else torch.vmap(run)(torch.ones(2, 2))).values():
+        assert tensor.dtype == torch.bfloat16
+
+
 def test_without_a_rate_only_the_running_statistics_move() -> None:
     case = conv_case()
     tuned = finetune(case.model, case.start, case.train, case.beta, torch.zeros(9).double(), trained=())

@@ -11,6 +11,22 @@ from torch import Tensor, nn
 from fedl2p.hypergradients import FOMAML, IFT, HypergradientEstimator, Unrolled
 
 
+class Dense(nn.Module):
+    """Written in place, added in place, concatenated, one norm in two places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1)
+        self.norm = nn.BatchNorm2d(2)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        first = self.norm(self.first(inputs)).tanh_()
+        second = self.norm(self.second(first))
+        second += first
+        return self.head(torch.cat([first, second.sigmoid_()], 1).mean((2, 3)))
+
+
 class Mixed(nn.Module):
     """Strided, grouped and pointwise convolutions, a norm without affine parameters, and one unused tensor."""
 
@@ -34,6 +50,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "a cumulative average": lambda: conv_case(momentum=None, steps=2),
     "momentum 0": lambda: conv_case(momentum=0.0, steps=2),
     "layers of many kinds": lambda: make_case(seeded(Mixed), image_batches(4, 5), image_batches(6, 3)),
+    "in place and in two places": lambda: make_case(seeded(Dense), image_batches(4, 5), image_batches(6, 3)),
     "no batch norm": lambda: make_case(
         seeded(lambda: nn.Sequential(nn.Flatten(), nn.Linear(16, 5), nn.Tanh(), nn.Linear(5, 3))),
         image_batches(4, 5),
@@ -86,14 +103,35 @@ def test_a_loss_whose_gradient_is_constant_has_no_second_derivatives() -> None:
     close(Unrolled()(alone(case).model, case.problem()).eta, expected.eta, 1e-10)
 
 
-def test_tensors_of_inference_mode_are_taken_as_they_are() -> None:
-    case = alone(conv_case())
-    expected = Unrolled()(case.model, case.problem())
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_tensors_of_inference_mode_are_taken_as_they_are(estimator: str) -> None:
+    case, method = alone(conv_case()), ESTIMATORS[estimator]
+    expected = method(case.model, case.problem(method.history(3)))
     with torch.inference_mode():
-        inside = Unrolled()(case.model, case.problem())
-        problem = case.problem()
-    for found in (inside, Unrolled()(case.model, problem)):
+        inside = method(case.model, case.problem(method.history(3)))
+        data = conv_case()
+    outside = method(case.model, case._replace(train=data.train, beta=data.beta).problem(method.history(3)))
+    for found in (inside, outside):
         close(found.eta, expected.eta, 1e-10)
+
+
+class Checkpointed(ConvNet):
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = torch.utils.checkpoint.checkpoint(self.conv1, inputs, use_reentrant=False)
+        return self.fc(self.bn2(self.conv2(torch.tanh(self.bn1(hidden)))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("is_alone", [False, True])
+def test_checkpointed_activations_are_refused_not_computed_again_at_other_tensors(is_alone: bool) -> None:
+    case = conv_case()
+    inputs = case.train[0][0].requires_grad_()
+    checkpointed = make_case(seeded(Checkpointed), [(inputs, case.train[0][1])], case.val)
+    model = replace(checkpointed.model, alone=is_alone)
+    with pytest.raises(RuntimeError, match=r"switch it off|saved tensor hooks"):
+        checkpointed._replace(model=model).tune()
+    problem = case._replace(model=model).problem
+    with pytest.raises(RuntimeError, match=r"switch it off|saved tensor hooks"):
+        IFT()(model, problem())
 
 
 def test_dropout_is_drawn_for_a_client_alone_too() -> None:
