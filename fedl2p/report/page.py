@@ -38,7 +38,7 @@ h1 { font-size: 1.7rem; margin: 0 } h2 { font-size: 1.2rem; margin: 2.5rem 0 .6r
 caption { caption-side: bottom; padding-top: .5rem }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .35rem .9rem .35rem 0; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
-th:first-child, td:first-child { text-align: left } td.text { text-align: left; white-space: normal }
+th:first-child, td:first-child { text-align: left } th.text, td.text { text-align: left; white-space: normal }
 td.best { font-weight: 700; color: var(--mark) } td small { color: var(--soft); font-weight: 400; display: block }
 figure { margin: 1.5rem 0 } img { max-width: 100%; height: auto; border-radius: 6px; background: #fff }
 pre { background: var(--box); padding: 1rem; border-radius: 6px; overflow-x: auto; font-size: .85rem }
@@ -68,6 +68,7 @@ def write_page(
         _head(title, results),
         _section("Methods", _methods(results)),
         _section("Differences", _comparisons(results)),
+        _section("Learning rates", _rates(results)),
         _section("Figures", "".join(_figure(name, file) for name, file in (figure_paths or {}).items())),
         _section("Clients that failed", _failures(history)),
         _section("Clients", "".join(_clients(results, pool) for pool in pool_names(results))),
@@ -105,8 +106,8 @@ def _methods(results: Mapping[str, Any]) -> str:
     head = "".join(f"<th>{escape(pool)}, n = {counts[pool]}</th><th>loss</th>" for pool in pools)
     body = []
     for name, row in measured.items():
-        settings = (results["methods"][name] or {}).get("settings") or {}
-        small = ", ".join(f"{escape(str(key))} {_plain(value)}" for key, value in settings.items())
+        single = {key: value for key, value in _settings(results, name).items() if not isinstance(value, list)}
+        small = ", ".join(f"{escape(str(key).replace('_', ' '))} {_plain(value)}" for key, value in single.items())
         line = f"<td>{escape(method_label(results, name))}{f'<small>{small}</small>' if small else ''}</td>"
         for pool in pools:
             if pool not in row:
@@ -119,6 +120,27 @@ def _methods(results: Mapping[str, Any]) -> str:
         "Accuracy in %, mean ± SD over clients, after personalization on test data; the best in each column is bold."
     )
     return _table(f"<th>Method</th>{head}", body, caption)
+
+
+def _settings(results: Mapping[str, Any], method: str) -> Mapping[str, Any]:
+    return (results["methods"][method] or {}).get("settings") or {}
+
+
+def _rates(results: Mapping[str, Any]) -> str:
+    """Which rates were tried for the methods that have one, and how they did."""
+    body = []
+    for name in results.get("methods") or {}:
+        settings = _settings(results, name)
+        tried = []
+        for rate, loss in settings.get("grid") or ():
+            text = f"{rate:.3g}: {_fixed(number(loss)) if loss is not None else 'diverges'}"
+            tried.append(f"<b>{text}</b>" if rate == settings.get("rate") else text)
+        if tried:
+            body.append(
+                f'<tr><td>{escape(method_label(results, name))}</td><td class="text">{", ".join(tried)}</td></tr>\n'
+            )
+    caption = "Each with the validation loss of the seen clients; the rate in bold is the one that was taken."
+    return _table('<th>Method</th><th class="text">rates tried</th>', body, caption)
 
 
 def _comparisons(results: Mapping[str, Any]) -> str:
@@ -168,7 +190,7 @@ def _failures(history: History) -> str:
                 f'<td class="text">{escape(str(reason))}</td></tr>\n'
             )
     caption = "They were left out of their round's average."
-    return _table("<th>Round</th><th>client</th><th>reason</th>", body, caption)
+    return _table('<th>Round</th><th class="text">client</th><th class="text">reason</th>', body, caption)
 
 
 def _figure(name: str, file: str | os.PathLike[str]) -> str:
@@ -213,7 +235,7 @@ def _table(head: str, body: Sequence[str] | Iterable[str], caption: str = "") ->
 
 
 def _plain(value: Any) -> str:
-    return NOTHING if value is None else escape(f"{value:g}" if isinstance(value, float) else str(value))
+    return NOTHING if value is None else escape(f"{value:.3g}" if isinstance(value, float) else str(value))
 
 
 def _fixed(value: float) -> str:

@@ -81,6 +81,17 @@ def test_the_best_of_each_pool_and_only_it_is_marked(tmp_path: Path, results: di
     assert len(re.findall('<td class="best">', text)) == 2
 
 
+def test_rates_that_were_tried_are_listed_and_not_put_into_the_table_of_methods(
+    tmp_path: Path, results: dict[str, Any]
+) -> None:
+    grid = [[0.025, 0.7601694897], [0.1 / 3, 0.5], [0.4, None]]
+    results["methods"]["ft_bn_c"]["settings"] = {"rate": 0.1 / 3, "val_loss": 0.512345, "grid": grid}
+    page = write_page(tmp_path / "report.html", results).read_text()
+    methods, rates = page.partition("<h2>Learning rates</h2>")[::2]
+    assert "<small>rate 0.0333, val loss 0.512</small>" in methods and "0.025" not in methods
+    assert "0.025: 0.760, <b>0.0333: 0.500</b>, 0.4: diverges</td>" in rates
+
+
 def test_the_page_is_self_contained(tmp_path: Path, results: dict[str, Any], history: list[RoundRecord]) -> None:
     figures = save_figures(tmp_path / "figures", results=results, history=history)
     page = read(write_page(tmp_path / "report.html", results, history, figures))
