@@ -48,18 +48,22 @@ class _MixedInKernels(torch.autograd.Function):
         _, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
             gradients[0], inputs, weight, mean, var, None, None, False, ctx.eps, [False, True, True]
         )
+        if not ctx.needs_input_grad[0]:
+            return None, d_weight, d_bias, None, None, None, None
         # The mixed mean moves by beta / n with an input, the mixed variance by beta * 2 (input - batch mean) / n.
         share = beta * inputs.shape[1] / inputs.numel()
         precision = 1 / (var + ctx.eps)
         scale = weight * precision.sqrt()
         slope = -share * precision * weight * d_weight
         offset = -share * scale * d_bias - slope * batch_mean
-        if not ctx.needs_input_grad[0]:
-            return None, d_weight, d_bias, None, None, None, None
-        shape = (1, -1) + (1,) * (inputs.dim() - 2)
-        scale, slope, offset = (factor.to(inputs.dtype).view(shape) for factor in (scale, slope, offset))
+        scale, slope, offset = (f.to(inputs.dtype).view(_by_channel(inputs)) for f in (scale, slope, offset))
         d_inputs = torch.addcmul(offset, slope, inputs).addcmul_(scale, gradients[0])
         return d_inputs, d_weight, d_bias, None, None, None, None
+
+
+def _by_channel(inputs: Tensor) -> tuple[int, ...]:
+    """The shape in which a number a channel is spread over `inputs`."""
+    return (1, -1) + (1,) * (inputs.dim() - 2)
 
 
 class MixedBatchNorm(nn.Module):
@@ -168,7 +172,7 @@ class MixedBatchNorm(nn.Module):
         return outputs
 
     def _in_arithmetic(self, inputs: Tensor) -> Tensor:
-        shape = (1, -1) + (1,) * (inputs.dim() - 2)
+        shape = _by_channel(inputs)
         wide = self.running_mean.dtype  # statistics are not taken in half precision
         if self.training:
             # Sums instead of means, and an addition of -mean: their derivatives need no pass over the inputs.

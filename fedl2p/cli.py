@@ -40,30 +40,23 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"fedl2p {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    run = commands.add_parser(
-        "run",
-        help="run an experiment from a configuration file",
-        description=RUN_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    _add_config(run)
+
+    def add_command(name: str, *, help: str, description: str) -> argparse.ArgumentParser:
+        plain = argparse.RawDescriptionHelpFormatter
+        command: argparse.ArgumentParser = commands.add_parser(
+            name, help=help, description=description, formatter_class=plain
+        )
+        command.add_argument(
+            "config", nargs="+", metavar="CONFIG|key=value", help="YAML files and overrides, later ones win"
+        )
+        return command
+
+    run = add_command("run", help="run an experiment from a configuration file", description=RUN_HELP)
     run.add_argument("--resume", action="store_true", help="go on with the interrupted run in output_dir")
-    data = commands.add_parser(
-        "data",
-        help="show how a configuration divides its data among clients",
-        description=DATA_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    _add_config(data)
+    data = add_command("data", help="show how a configuration divides its data among clients", description=DATA_HELP)
     data.add_argument("--all", action="store_true", help="list every client, not only the first of each pool")
     data.add_argument("--picture", metavar="FILE", help="where the PNG goes; beside the run's folder by default")
     return parser
-
-
-def _add_config(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "config", nargs="+", metavar="CONFIG|key=value", help="YAML files and overrides, later ones win"
-    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

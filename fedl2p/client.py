@@ -171,7 +171,7 @@ class FedL2PClient(L.LightningModule):
         self.model = (model if converted else convert_batchnorm(model)).requires_grad_(False)
         self.meta_nets = meta_nets if meta_nets is not None else MetaNets(self.model, base_lr=base_lr)
         functional = FunctionalModel.of(self.model, loss_fn, val_loss_fn)
-        self.functional = replace(functional, compiled=compiled, alone=compiled is None)
+        self.functional = replace(functional, compiled=compiled, alone=True)
         self.recipe = recipe
         self.estimator = estimator if estimator is not None else Unrolled()
         self.meta_iterations = meta_iterations

@@ -145,13 +145,6 @@ def take(tree: Any, index: int) -> Any:
     return pytree.tree_map(lambda leaf: leaf[index], tree)
 
 
-def over_clients(function: Callable[..., Any], *args: Any) -> Any:
-    """Applies `function` to each client of stacked arguments; a single client is passed as it is, without vmap."""
-    if pytree.tree_leaves(args[-1])[0].shape[0] > 1:
-        return torch.vmap(function, randomness="different")(*args)
-    return pytree.tree_map(lambda leaf: leaf[None], function(*(take(arg, 0) for arg in args)))
-
-
 class CohortRunner:
     """Runs clients in cohorts on one global model.
 
@@ -167,7 +160,7 @@ class CohortRunner:
     ) -> None:
         """Takes theta_g from the model's module; arguments as the attributes."""
         self.model = replace(model, alone=False)
-        self._one_model = replace(model, alone=True) if model.compiled is None else model
+        self._one_model = replace(model, alone=True)
         self.origin = InnerState(*model.tensors())
         self.cohort_size = cohort_size
         self.running_start = running_start
@@ -200,7 +193,7 @@ class CohortRunner:
         results: dict[int, MetaUpdate] = {}
 
         def step(
-            lambda_: Tensors, client: ClientInputs, model: FunctionalModel, trained: tuple[str, ...]
+            model: FunctionalModel, lambda_: Tensors, client: ClientInputs, *, trained: tuple[str, ...]
         ) -> tuple[Any, ...]:
             done = meta_step(
                 model,
@@ -223,8 +216,8 @@ class CohortRunner:
                 client = self._inputs([tasks[i] for i in positions])
                 detached = {name: p.detach() for name, p in lambda_.items()}
                 trained = moved_names(self.model, meta_nets, detached, client.net_inputs)
-                function = partial(step, model=self._model_for(positions), trained=trained)
-                gradients, loss, ok, recipe = over_clients(function, detached, client)
+                function = partial(step, trained=trained)
+                gradients, loss, ok, recipe = self._over_clients(function, detached, client)
                 for name, p in lambda_.items():
                     p.grad = gradients[name]
                 optimizer.step()
@@ -267,10 +260,11 @@ class CohortRunner:
                 raise DataError(f"A client has no {part} data to be measured on.")
 
         def run(
+            model: FunctionalModel,
             client: ClientInputs,
             recipe: Hyperparameters,
             batches: dict[str, list[Batch]],
-            model: FunctionalModel,
+            *,
             trained: tuple[str, ...],
         ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
             state = client.start(self.origin)
@@ -284,8 +278,8 @@ class CohortRunner:
             chosen = [tasks[i] for i in positions]
             recipe = stack([recipes[i] for i in positions])
             batches = {part: stack([getattr(task, f"{part}_batches") for task in chosen]) for part in parts}
-            function = partial(run, model=self._model_for(positions), trained=trained_names(self.model, recipe.eta))
-            measured = over_clients(function, self._inputs(chosen), recipe, batches)
+            function = partial(run, trained=trained_names(self.model, recipe.eta))
+            measured = self._over_clients(function, self._inputs(chosen), recipe, batches)
             for row, position in enumerate(positions):
                 results[position] = {
                     part: Evaluation(
@@ -298,9 +292,11 @@ class CohortRunner:
                 }
         return [results[i] for i in range(len(tasks))]
 
-    def _model_for(self, clients: Sequence[int]) -> FunctionalModel:
-        """The model as it is fastest for so many clients at once."""
-        return self._one_model if len(clients) == 1 else self.model
+    def _over_clients(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Applies `function(model, ...)` to each client of stacked arguments; a single one goes without vmap."""
+        if pytree.tree_leaves(args[-1])[0].shape[0] > 1:
+            return torch.vmap(partial(function, self.model), randomness="different")(*args)
+        return pytree.tree_map(lambda leaf: leaf[None], function(self._one_model, *(take(arg, 0) for arg in args)))
 
     def _inputs(self, tasks: Sequence[ClientTask]) -> ClientInputs:
         """The tasks, stacked."""

@@ -28,8 +28,6 @@ LossFunction = Callable[[Tensor, Tensor], Tensor]
 RunningStart = Literal["measured", "zero_one"]
 EvaluationStatistics = Literal["running", "batch"]
 
-# What would be computed again in the backward pass, would be so at the module's own tensors.
-NO_CHECKPOINTING = "activation checkpointing (and other hooks on saved tensors) does not work here; switch it off"
 HALF_SCALE = 1024.0  # a power of two, so that scaling rounds nothing
 
 
@@ -83,7 +81,7 @@ class FunctionalModel:
         group: the processes that share each batch, as `torch.distributed` knows them; None is this one alone.
         compiled: `inner_step`, compiled, which `finetune` then takes; None is as it is.
         alone: whether this is for one client, outside of the transforms of `torch.func`; `torch.autograd` then takes
-            derivatives, which is faster.
+            derivatives, which is faster, unless steps are compiled.
         fused_batchnorm: whether the inner steps of a client alone take batch norms in PyTorch's kernels; faster for
             large networks, and with a rounding of their own.
     """
@@ -164,7 +162,7 @@ class FunctionalModel:
 
     def takes_autograd(self, *tensors: Any) -> bool:
         """Whether `torch.autograd` takes derivatives at `tensors`, any structures of them, and not `torch.func`."""
-        if not self.alone or torch.is_inference_mode_enabled():
+        if not self.alone or self.compiled is not None or torch.is_inference_mode_enabled():
             return False
         # Which cannot look back on tensors that were made in inference mode.
         return not any(isinstance(leaf, Tensor) and leaf.is_inference() for leaf in pytree.tree_leaves(tensors))
@@ -314,11 +312,22 @@ def _autograd(
     loss: Callable[[Tensors], tuple[Tensor, Tensors]], trained: Tensors
 ) -> tuple[Tensors, tuple[Tensor, Tensors]]:
     """What `grad_and_value(loss, has_aux=True)` gives, without its price."""
-    with torch.enable_grad(), torch.autograd.graph.disable_saved_tensors_hooks(NO_CHECKPOINTING):
+    with recorded():
         leaves = {name: p.detach().requires_grad_() for name, p in trained.items()}
         value, buffers = loss(leaves)
         gradients = gradients_or_zeros(value, list(leaves.values()))
     return dict(zip(leaves, gradients, strict=True)), (value.detach(), {n: b.detach() for n, b in buffers.items()})
+
+
+@contextmanager
+def recorded() -> Iterator[None]:
+    """While `torch.autograd` records; what it would compute again in its backward pass is refused.
+
+    That would be computed at the module's own tensors, which `functional_call` has put back by then.
+    """
+    reason = "activation checkpointing (and other hooks on saved tensors) does not work here; switch it off"
+    with torch.enable_grad(), torch.autograd.graph.disable_saved_tensors_hooks(reason):
+        yield
 
 
 def gradients_or_zeros(value: Tensor, leaves: list[Tensor], *, create_graph: bool = False) -> list[Tensor]:

@@ -65,7 +65,7 @@ def collect(experiment: Experiment) -> dict[str, Any]:
         "config": asdict(experiment.config),
         "versions": versions(),
         "timings": dict(experiment.timings),
-        "cohort_sizes": experiment.runtime.automatic_sizes or experiment.runtime.cohort_size,
+        "cohort_sizes": experiment.runtime.cohort_size or experiment.runtime.automatic_sizes,
         "rounds": {
             "best": state.best_round,
             "last": state.round,

@@ -36,7 +36,7 @@ def measure(quick: bool) -> list[Row]:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             ours()
 
-    model = replace(client.model, compiled=CompiledStep(), alone=False)
+    model = replace(client.model, compiled=CompiledStep())
 
     def compiled() -> None:
         finetune(model, client.state, client.train[:1], client.beta, client.eta)

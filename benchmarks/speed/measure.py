@@ -7,6 +7,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -129,17 +130,18 @@ def _amount(value: float, unit: str) -> str:
     return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.3g} ms"
 
 
-def command(description: str | None, measure: Callable[[bool], list[Row]]) -> None:
-    """The command line of one benchmark: measures, and prints the table.
+def command(description: str | None, measure: Callable[[bool], list[Row]], *, output: Path | None = None) -> None:
+    """The command line of a benchmark: measures, prints the table, and writes it where an output is named.
 
     Args:
         description: of the benchmark.
         measure: takes whether to be quick.
+        output: a JSON file, beside which the table is written as Markdown; unless another is named.
     """
-    parser = argparse.ArgumentParser(description=description)
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="the sizes of the paper, and more repeats")
     parser.add_argument("--threads", type=int, default=None, help="of torch")
-    parser.add_argument("--output", type=Path, default=None, help="a JSON file for the rows")
+    parser.add_argument("--output", type=Path, default=output, help="a JSON file for the rows")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -147,4 +149,7 @@ def command(description: str | None, measure: Callable[[bool], list[Row]]) -> No
     rows = measure(not options.full)
     print(table(rows))
     if options.output:
-        options.output.write_text(json.dumps({"machine": machine(), "rows": [asdict(row) for row in rows]}, indent=2))
+        content = {"machine": machine(), "date": date.today().isoformat(), "rows": [asdict(row) for row in rows]}
+        options.output.write_text(json.dumps(content, indent=2) + "\n")
+        options.output.with_suffix(".md").write_text(f"{machine()}, {content['date']}\n\n{table(rows)}\n")
+        print(f"\n{options.output}")

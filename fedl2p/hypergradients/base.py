@@ -13,7 +13,6 @@ from torch.utils import _pytree as pytree
 
 from fedl2p.convolution import TwiceDifferentiableConvolutions
 from fedl2p.finetune import (
-    NO_CHECKPOINTING,
     Batch,
     EvaluationStatistics,
     FineTuned,
@@ -23,6 +22,7 @@ from fedl2p.finetune import (
     evaluation_batches,
     evaluation_loss,
     gradients_or_zeros,
+    recorded,
 )
 from fedl2p.parallel import total_count
 
@@ -95,8 +95,7 @@ def gradient_with_pull_back(
         return vjp(grad(objective, has_aux=True), *primals)[:2]
     flat, structure = pytree.tree_flatten(primals)
     leaves = [leaf.detach().requires_grad_() for leaf in flat]
-    no_hooks = torch.autograd.graph.disable_saved_tensors_hooks(NO_CHECKPOINTING)
-    with torch.enable_grad(), no_hooks, TwiceDifferentiableConvolutions():
+    with recorded(), TwiceDifferentiableConvolutions():
         moved = pytree.tree_unflatten(leaves, structure)
         loss, others = objective(*moved)
         found = gradients_or_zeros(loss, list(moved[0].values()), create_graph=True)

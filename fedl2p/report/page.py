@@ -133,7 +133,7 @@ def _rates(results: Mapping[str, Any]) -> str:
         settings = _settings(results, name)
         tried = []
         for rate, loss in settings.get("grid") or ():
-            text = f"{rate:.3g}: {_fixed(number(loss)) if loss is not None else 'diverges'}"
+            text = f"{rate:.3g}: {_fixed(number(loss)) if math.isfinite(number(loss)) else 'diverges'}"
             tried.append(f"<b>{text}</b>" if rate == settings.get("rate") else text)
         if tried:
             body.append(

@@ -438,6 +438,7 @@ def test_double_precision_of_the_trainer_runs_to_the_end(mine: str, tmp_path: Pa
     run_mine(mine, tmp_path / "run", "trainer.precision=64-true", "federation.cohort_size=1")
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert 0 <= results["methods"]["fedl2p"]["seen"]["accuracy"]["mean"] <= 1
+    assert results["cohort_sizes"] == 1  # as configured, whatever would be chosen
 
 
 def test_a_run_that_cannot_go_on_ends_with_code_1_and_the_reason(

@@ -84,12 +84,12 @@ def test_the_best_of_each_pool_and_only_it_is_marked(tmp_path: Path, results: di
 def test_rates_that_were_tried_are_listed_and_not_put_into_the_table_of_methods(
     tmp_path: Path, results: dict[str, Any]
 ) -> None:
-    grid = [[0.025, 0.7601694897], [0.1 / 3, 0.5], [0.4, None]]
+    grid = [[0.025, 0.7601694897], [0.1 / 3, 0.5], [0.4, None], [0.8, math.inf]]  # as read back, and as measured
     results["methods"]["ft_bn_c"]["settings"] = {"rate": 0.1 / 3, "val_loss": 0.512345, "grid": grid}
     page = write_page(tmp_path / "report.html", results).read_text()
     methods, rates = page.partition("<h2>Learning rates</h2>")[::2]
     assert "<small>rate 0.0333, val loss 0.512</small>" in methods and "0.025" not in methods
-    assert "0.025: 0.760, <b>0.0333: 0.500</b>, 0.4: diverges</td>" in rates
+    assert "0.025: 0.760, <b>0.0333: 0.500</b>, 0.4: diverges, 0.8: diverges</td>" in rates
 
 
 def test_the_page_is_self_contained(tmp_path: Path, results: dict[str, Any], history: list[RoundRecord]) -> None:
