@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from fedl2p.errors import ConfigError, FederationError
-from fedl2p.finetune import EvaluationStatistics, FunctionalModel
+from fedl2p.finetune import EvaluationStatistics
+from fedl2p.functional import FunctionalModel
 from fedl2p.meta_nets import Hyperparameters
 from fedl2p.statistics import ClientStatistics
 

@@ -20,7 +20,8 @@ from fedl2p.errors import ConfigError, DataError, FedL2PError, ModelError
 from fedl2p.federation.checkpoint import load_tensors
 from fedl2p.federation.client_app import add_identity_handler, add_meta_handlers
 from fedl2p.federation.runtime import ClientRuntime, quiet_trainer
-from fedl2p.finetune import VALIDATION_LOSSES, FunctionalModel, InnerState, finetune
+from fedl2p.finetune import InnerState, finetune
+from fedl2p.functional import VALIDATION_LOSSES, FunctionalModel
 from fedl2p.hypergradients import ESTIMATORS, HypergradientEstimator, MetaProblem
 from fedl2p.meta_nets import MetaNets
 from fedl2p.pretraining.fedavg import LocalTraining, add_pretrain_handler

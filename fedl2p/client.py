@@ -20,17 +20,8 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from fedl2p.batchnorm import MixedBatchNorm, convert_batchnorm
 from fedl2p.errors import ConfigError, DataError
-from fedl2p.finetune import (
-    Batch,
-    CompiledStep,
-    EvaluationStatistics,
-    FunctionalModel,
-    InnerState,
-    LossFunction,
-    RunningStart,
-    initial_running,
-    trained_names,
-)
+from fedl2p.finetune import CompiledStep, EvaluationStatistics, InnerState, RunningStart, initial_running, trained_names
+from fedl2p.functional import Batch, FunctionalModel, LossFunction
 from fedl2p.hypergradients import HypergradientEstimator, Unrolled
 from fedl2p.meta_nets import Hyperparameters, MetaNets
 from fedl2p.meta_step import (

@@ -13,16 +13,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fedl2p.errors import DataError
-from fedl2p.finetune import (
-    Batch,
-    EvaluationStatistics,
-    FunctionalModel,
-    InnerState,
-    RunningStart,
-    Tensors,
-    initial_running,
-    trained_names,
-)
+from fedl2p.finetune import EvaluationStatistics, InnerState, RunningStart, initial_running, trained_names
+from fedl2p.functional import Batch, FunctionalModel, Tensors
 from fedl2p.hypergradients import HypergradientEstimator
 from fedl2p.meta_nets import Hyperparameters, MetaNets
 from fedl2p.meta_step import ClientInputs, evaluate, meta_optimizer, meta_step, moved_names, personalize

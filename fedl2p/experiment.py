@@ -35,7 +35,8 @@ from fedl2p.federation.rounds import MetaState, RoundCallback
 from fedl2p.federation.server import run_rounds, standardize_inputs
 from fedl2p.federation.simulation import require_ray, simulate
 from fedl2p.federation.strategy import FedL2PStrategy, decayed
-from fedl2p.finetune import EvaluationStatistics, Tensors
+from fedl2p.finetune import EvaluationStatistics
+from fedl2p.functional import Tensors
 from fedl2p.meta_nets import Hyperparameters
 from fedl2p.models.weights import load_weights
 from fedl2p.policy import policy_metadata

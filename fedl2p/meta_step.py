@@ -8,17 +8,8 @@ from torch import Tensor
 from torch.func import functional_call, vjp
 
 from fedl2p.errors import ConfigError
-from fedl2p.finetune import (
-    Batch,
-    EvaluationStatistics,
-    FineTuned,
-    FunctionalModel,
-    InnerState,
-    Tensors,
-    evaluation_batches,
-    finetune,
-    trained_names,
-)
+from fedl2p.finetune import EvaluationStatistics, FineTuned, InnerState, evaluation_batches, finetune, trained_names
+from fedl2p.functional import Batch, FunctionalModel, Tensors
 from fedl2p.hypergradients import HypergradientEstimator, MetaProblem
 from fedl2p.meta_nets import Hyperparameters, MetaNets
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fedl2p.batchnorm import convert_batchnorm
-from fedl2p.finetune import Batch, FunctionalModel, InnerState, evaluation_loss, finetune, initial_running
+from fedl2p.finetune import InnerState, evaluation_loss, finetune, initial_running
+from fedl2p.functional import Batch, FunctionalModel
 from fedl2p.hypergradients import FOMAML, IFT, HypergradientEstimator, MetaProblem
 from fedl2p.meta_nets import MetaNets
 from fedl2p.statistics import collect_statistics

@@ -12,7 +12,8 @@ from torch.utils.data import TensorDataset
 from datamodules.federated import ClientData, FederatedDataModule
 from fedl2p.batchnorm import convert_batchnorm
 from fedl2p.federation.runtime import ClientRuntime
-from fedl2p.finetune import Batch, FunctionalModel, InnerState
+from fedl2p.finetune import InnerState
+from fedl2p.functional import Batch, FunctionalModel
 from fedl2p.hypergradients import HypergradientEstimator, Unrolled
 from fedl2p.meta_nets import MetaNets
 from fedl2p.models import ResNet18, SmallConvNet

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from fedl2p.errors import RunFolderError
 from fedl2p.federation.rounds import MetaState, RoundRecord
-from fedl2p.finetune import Tensors
+from fedl2p.functional import Tensors
 from fedl2p.statistics import ClientStatistics
 
 FILE_NAME = "rounds.safetensors"

@@ -23,7 +23,7 @@ from fedl2p.federation.messages import (
     reply,
 )
 from fedl2p.federation.runtime import ClientRuntime
-from fedl2p.finetune import Tensors
+from fedl2p.functional import Tensors
 
 CLIENT_ERROR = 2  # Flower's code for an exception in a ClientApp
 

@@ -7,7 +7,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedl2p.errors import FederationError
-from fedl2p.finetune import Tensors
+from fedl2p.functional import Tensors
 
 # Message types "<category>.<action>" select the handler of the ClientApp.
 IDENTIFY = "query.identify"

@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from fedl2p.finetune import Tensors
+from fedl2p.functional import Tensors
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,15 +18,8 @@ from torch import nn
 from fedl2p.client import FedL2PClient, Limit, inner_batches, limited
 from fedl2p.cohort import ClientTask, CohortRunner, Evaluation, MetaUpdate, automatic_cohort_size
 from fedl2p.federation.checkpoint import load_statistics, save_statistics
-from fedl2p.finetune import (
-    Batch,
-    CompiledStep,
-    EvaluationStatistics,
-    FunctionalModel,
-    LossFunction,
-    RunningStart,
-    Tensors,
-)
+from fedl2p.finetune import CompiledStep, EvaluationStatistics, RunningStart
+from fedl2p.functional import Batch, FunctionalModel, LossFunction, Tensors
 from fedl2p.hypergradients import HypergradientEstimator
 from fedl2p.meta_nets import Hyperparameters, MetaNets
 from fedl2p.meta_step import META_LR

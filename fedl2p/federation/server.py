@@ -11,7 +11,7 @@ from fedl2p.errors import ConfigError
 from fedl2p.federation.messages import from_arrays, to_arrays
 from fedl2p.federation.rounds import MetaState, RoundCallback, RoundRecord
 from fedl2p.federation.strategy import FedL2PStrategy
-from fedl2p.finetune import Tensors
+from fedl2p.functional import Tensors
 from fedl2p.meta_nets import MetaNets
 
 

@@ -28,7 +28,7 @@ from fedl2p.federation.messages import (
     instruction,
     to_arrays,
 )
-from fedl2p.finetune import Tensors
+from fedl2p.functional import Tensors
 from fedl2p.seeding import derive_seed
 
 Decay = Literal["none", "cosine"]

@@ -12,18 +12,8 @@ from torch.func import grad, vjp
 from torch.utils import _pytree as pytree
 
 from fedl2p.convolution import TwiceDifferentiableConvolutions
-from fedl2p.finetune import (
-    Batch,
-    EvaluationStatistics,
-    FineTuned,
-    FunctionalModel,
-    InnerState,
-    Tensors,
-    evaluation_batches,
-    evaluation_loss,
-    gradients_or_zeros,
-    recorded,
-)
+from fedl2p.finetune import EvaluationStatistics, FineTuned, InnerState, evaluation_batches, evaluation_loss
+from fedl2p.functional import Batch, FunctionalModel, Tensors, gradients_or_zeros, recorded
 from fedl2p.parallel import total_count
 
 with warnings.catch_warnings(), forward_ad.dual_level():

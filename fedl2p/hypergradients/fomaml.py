@@ -1,6 +1,6 @@
 """FOMAML+ (Appendix F of the FedL2P paper): the last inner step, its gradient held constant."""
 
-from fedl2p.finetune import FunctionalModel
+from fedl2p.functional import FunctionalModel
 from fedl2p.hypergradients.base import (
     Hypergradient,
     HypergradientEstimator,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fedl2p.errors import ConfigError
-from fedl2p.finetune import FunctionalModel, Tensors
+from fedl2p.functional import FunctionalModel, Tensors
 from fedl2p.hypergradients.base import (
     Hypergradient,
     HypergradientEstimator,

@@ -8,7 +8,8 @@ from torch.func import grad, jvp
 from torch.utils import _pytree as pytree
 
 from fedl2p.errors import ConfigError
-from fedl2p.finetune import Batch, FunctionalModel, InnerState, Tensors
+from fedl2p.finetune import InnerState
+from fedl2p.functional import Batch, FunctionalModel, Tensors
 from fedl2p.hypergradients.base import (
     Hypergradient,
     HypergradientEstimator,

@@ -30,7 +30,7 @@ from fedl2p.federation.messages import (
     reply,
     to_arrays,
 )
-from fedl2p.finetune import LossFunction, Tensors
+from fedl2p.functional import LossFunction, Tensors
 from fedl2p.seeding import derive_seed
 
 if TYPE_CHECKING:

@@ -9,16 +9,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedl2p.batchnorm import convert_batchnorm
-from fedl2p.finetune import (
-    Batch,
-    FineTuned,
-    FunctionalModel,
-    InnerState,
-    LossFunction,
-    evaluation_loss,
-    finetune,
-    initial_running,
-)
+from fedl2p.finetune import FineTuned, InnerState, evaluation_loss, finetune, initial_running
+from fedl2p.functional import Batch, FunctionalModel, LossFunction
 from fedl2p.hypergradients import MetaProblem
 from fedl2p.statistics import ClientStatistics, collect_statistics
 

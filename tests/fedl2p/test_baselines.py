@@ -10,7 +10,7 @@ from core_cases import ConvNet, image_batches, seeded
 from fedl2p.baselines import FINE_TUNING, MOST_RATES, FixedRecipe, derangement, tune_rate
 from fedl2p.batchnorm import convert_batchnorm
 from fedl2p.errors import ConfigError, FederationError
-from fedl2p.finetune import FunctionalModel
+from fedl2p.functional import FunctionalModel
 from fedl2p.statistics import collect_statistics
 
 

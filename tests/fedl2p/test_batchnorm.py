@@ -12,7 +12,8 @@ from torch.func import functional_call
 
 from fedl2p.batchnorm import MixedBatchNorm, batchnorm_names, convert_batchnorm
 from fedl2p.errors import ModelError
-from fedl2p.finetune import FunctionalModel, InnerState, finetune
+from fedl2p.finetune import InnerState, finetune
+from fedl2p.functional import FunctionalModel
 from fedl2p.statistics import collect_statistics, learnable_layer_names
 
 KINDS = [(nn.BatchNorm1d, (5, 3)), (nn.BatchNorm1d, (5, 3, 4)), (nn.BatchNorm2d, (5, 3, 2, 2))]

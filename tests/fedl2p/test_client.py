@@ -18,7 +18,8 @@ from fedl2p.baselines import FixedRecipe
 from fedl2p.batchnorm import convert_batchnorm
 from fedl2p.client import FedL2PClient, inner_batches, limited
 from fedl2p.errors import ConfigError, DataError, ModelError
-from fedl2p.finetune import Batch, FunctionalModel, InnerState, finetune, initial_running
+from fedl2p.finetune import InnerState, finetune, initial_running
+from fedl2p.functional import Batch, FunctionalModel
 from fedl2p.hypergradients import HypergradientEstimator, Unrolled
 from fedl2p.hypergradients.base import Hypergradient, MetaProblem
 from fedl2p.meta_nets import MetaNets

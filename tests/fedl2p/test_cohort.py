@@ -22,7 +22,7 @@ from fedl2p.cohort import (
     stack,
     take,
 )
-from fedl2p.finetune import Batch, FunctionalModel
+from fedl2p.functional import Batch, FunctionalModel
 from fedl2p.hypergradients import FOMAML, IFT, HypergradientEstimator, Unrolled
 from fedl2p.meta_nets import Hyperparameters, MetaNets
 from fedl2p.meta_step import personalize

@@ -1,7 +1,6 @@
 """The inner loop: plain SGD on an ordinary model is the reference; nothing that a caller holds is written to."""
 
 import copy
-import math
 import warnings
 from dataclasses import replace
 from typing import Any
@@ -14,15 +13,14 @@ from torch import Tensor, nn
 from fedl2p.errors import ConfigError, ModelError
 from fedl2p.finetune import (
     CompiledStep,
-    FunctionalModel,
     InnerState,
     evaluation_loss,
-    expected_error,
     finetune,
     initial_running,
     inner_step,
     trained_names,
 )
+from fedl2p.functional import FunctionalModel
 from fedl2p.statistics import collect_statistics
 
 
@@ -296,27 +294,6 @@ def test_inputs_that_the_model_itself_casts_may_have_any_type(dtype: torch.dtype
     floats = make_case(seeded(ConvNet), [(x.double(), y) for x, y in pictures], case.val)
     for name, value in floats.tune().final.parameters.items():
         assert torch.equal(value, case.tune().final.parameters[name])
-
-
-def test_functional_model_reads_names_in_definition_order() -> None:
-    model = conv_case().model
-    assert isinstance(model, FunctionalModel)
-    assert model.batchnorm_names == ("bn1", "bn2")
-    assert model.parameter_names == tuple(name for name, _ in model.module.named_parameters())
-
-
-def test_batch_statistics_can_be_taken_in_evaluation_without_dropout() -> None:
-    case = make_case(seeded(lambda: ConvNet(dropout=0.5)), image_batches(5), image_batches(5))
-    plain = seeded(ConvNet).train()
-    outputs, _ = case.model(*case.start, torch.ones(2).double(), case.val[0][0], training=False, batch_statistics=True)
-    close(outputs, plain(case.val[0][0]).detach(), 1e-11)
-
-
-def test_the_expected_error_is_the_mean_probability_of_wrong_answers() -> None:
-    outputs = torch.tensor([[0.0, 0.0], [math.log(3.0), 0.0], [0.0, 1000.0]], dtype=torch.float64)
-    targets = torch.tensor([0, 0, 0])
-    # 1/2, 1/4, and 1 for the answer that is surely wrong.
-    torch.testing.assert_close(expected_error(outputs, targets), torch.tensor(1.75 / 3, dtype=torch.float64))
 
 
 # Compiled steps

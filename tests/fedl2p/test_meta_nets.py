@@ -8,7 +8,7 @@ from torch.func import grad, jvp, vjp
 
 from fedl2p.batchnorm import convert_batchnorm
 from fedl2p.errors import ConfigError, ModelError
-from fedl2p.finetune import FunctionalModel
+from fedl2p.functional import FunctionalModel
 from fedl2p.meta_nets import MetaNet, MetaNets, straight_through_clamp
 from fedl2p.statistics import collect_statistics
 

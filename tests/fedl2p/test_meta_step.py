@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.func import functional_call
 
 from fedl2p.errors import ConfigError
-from fedl2p.finetune import FunctionalModel, InnerState, inner_step
+from fedl2p.finetune import InnerState, inner_step
+from fedl2p.functional import FunctionalModel
 from fedl2p.hypergradients import ESTIMATORS, FOMAML, IFT, Hypergradient, HypergradientEstimator, MetaProblem, Unrolled
 from fedl2p.meta_nets import MetaNets
 from fedl2p.meta_step import ClientInputs, MetaStep, evaluate, meta_optimizer, meta_step, moved_names, personalize

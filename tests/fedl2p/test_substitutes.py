@@ -20,7 +20,7 @@ from datamodules.federated import FederatedDataModule
 from fedl2p.batchnorm import MixedBatchNorm2d, batchnorm_names, convert_batchnorm
 from fedl2p.builders import build_model, check_model
 from fedl2p.config import ComponentConfig, Config
-from fedl2p.finetune import FunctionalModel
+from fedl2p.functional import FunctionalModel
 from fedl2p.substitutes import substitute
 
 

@@ -8,7 +8,8 @@ from core_cases import Case, central_differences, close, conv_case, image_batche
 from torch import Tensor, nn
 
 from fedl2p.errors import ConfigError
-from fedl2p.finetune import Batch, FineTuned, InnerState, evaluation_loss
+from fedl2p.finetune import FineTuned, InnerState, evaluation_loss
+from fedl2p.functional import Batch
 from fedl2p.hypergradients import FOMAML, IFT, MetaProblem
 from fedl2p.hypergradients.base import last_step_gradient, validation_gradient
 

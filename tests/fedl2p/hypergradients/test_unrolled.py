@@ -6,14 +6,8 @@ from core_cases import Case, ConvNet, central_differences, close, conv_case, ima
 from torch import Tensor, nn
 
 from fedl2p.errors import ConfigError
-from fedl2p.finetune import (
-    FunctionalModel,
-    LossFunction,
-    evaluation_loss,
-    expected_error,
-    finetune,
-    initial_running,
-)
+from fedl2p.finetune import evaluation_loss, finetune, initial_running
+from fedl2p.functional import FunctionalModel, LossFunction, expected_error
 from fedl2p.hypergradients import ESTIMATORS, Unrolled
 
 
