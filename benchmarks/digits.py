@@ -40,7 +40,7 @@ def _result(options: argparse.Namespace, seed: int) -> dict[str, object]:
 
 def _values(results: list[dict[str, object]], method: str, pool: str, key: str = "accuracy") -> np.ndarray | None:
     """Of every client in every seed."""
-    found = [r["methods"].get(method, {}).get(pool) for r in results]  # type: ignore[attr-defined]
+    found = [r["methods"].get(method, {}).get(pool) for r in results]  # type: ignore[attr-defined]  # of a results file
     if any(f is None for f in found):
         return None
     values = [client[key] for f in found for client in f["clients"].values()]
@@ -50,7 +50,7 @@ def _values(results: list[dict[str, object]], method: str, pool: str, key: str =
 def _methods(results: list[dict[str, object]]) -> str:
     head = ["method", "seen accuracy", "seen loss", "unseen accuracy", "unseen loss"]
     lines = [f"| {' | '.join(head)} |", "| --- | --- | --- | --- | --- |"]
-    for method, content in results[0]["methods"].items():  # type: ignore[attr-defined]
+    for method, content in results[0]["methods"].items():  # type: ignore[attr-defined]  # of a results file
         cells = [content["label"]]
         for pool in ("seen", "unseen"):
             accuracy, loss = _values(results, method, pool), _values(results, method, pool, "loss")
@@ -66,7 +66,7 @@ def _methods(results: list[dict[str, object]]) -> str:
 def _differences(results: list[dict[str, object]]) -> str:
     head = ["FedL2P minus", "pool", "accuracy, points", "95 % interval", "loss", "95 % interval"]
     lines = [f"| {' | '.join(head)} |", "| --- | --- | --- | --- | --- | --- |"]
-    for method, content in results[0]["methods"].items():  # type: ignore[attr-defined]
+    for method, content in results[0]["methods"].items():  # type: ignore[attr-defined]  # of a results file
         for pool in ("seen", "unseen") if method != "fedl2p" else ():
             own, other = _values(results, "fedl2p", pool), _values(results, method, pool)
             if own is not None and other is not None:

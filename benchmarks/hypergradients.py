@@ -93,7 +93,7 @@ HEAD = (
 
 
 def _row(variant: str, runs: list[dict[str, object]]) -> str:
-    losses = np.array([[math.inf if v is None else v for v in run["losses"]] for run in runs])  # type: ignore[attr-defined]
+    losses = np.array([[math.inf if v is None else v for v in run["losses"]] for run in runs])  # type: ignore[attr-defined]  # of a results file
     rounds = losses.shape[1] - 1
     points = [losses[:, round(rounds * share)].mean() for share in (0, 1 / 3, 2 / 3, 1)]
     best = "/".join(str(run["best_round"]) for run in runs)

@@ -128,7 +128,7 @@ def labels_of(dataset: Dataset[Any]) -> NDArray[np.int64]:
         return dataset.arrays.labels.cpu()[dataset.rows].numpy()
     if type(dataset) is TensorDataset:
         return dataset.tensors[1].numpy().astype(np.int64)
-    return np.array([int(dataset[i][1]) for i in range(len(dataset))], dtype=np.int64)  # type: ignore[arg-type]
+    return np.array([int(dataset[i][1]) for i in range(len(dataset))], dtype=np.int64)  # type: ignore[arg-type]  # a Dataset with len
 
 
 def crop_and_flip(inputs: Tensor, generator: torch.Generator, *, padding: int = 4) -> Tensor:

@@ -170,5 +170,5 @@ def _resized(images: Tensor, size: int) -> Tensor:
     if planes.shape[2:] == (size, size):
         return planes
     options = {"mode": "bilinear", "antialias": True, "align_corners": False}
-    resized = torch.nn.functional.interpolate(planes.float(), (size, size), **options)  # type: ignore[arg-type]
+    resized = torch.nn.functional.interpolate(planes.float(), (size, size), **options)  # type: ignore[arg-type]  # options of mixed types
     return resized.round_().clamp_(0, 255).to(torch.uint8)

@@ -69,7 +69,7 @@ class _UnlimitedEpochs(L.Callback):
         self._before: tuple[int | None] | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # its mixin has it
             self._before = (trainer.fit_loop.max_epochs,)
             trainer.fit_loop.max_epochs = -1
 

@@ -37,7 +37,7 @@ class Client:
         self.val = _images(10)
         converted = convert_batchnorm(self.plain).requires_grad_(False)
         # As ClientRuntime and CohortRunner do for networks of this size.
-        functional = FunctionalModel.of(converted.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
+        functional = FunctionalModel.of(converted.to(memory_format=torch.channels_last))  # type: ignore[call-overload]  # stubs lack it
         self.model = replace(functional, alone=True, fused_batchnorm=True)
         self.state = InnerState(*self.model.tensors())
         self.beta = torch.full((len(self.model.batchnorm_names),), BETA)

@@ -27,7 +27,7 @@ def measure(quick: bool) -> list[Row]:
     repeats = 5 if quick else 15
     rates = dict(zip(client.model.parameter_names, client.eta.unbind(), strict=True))
     naive = reference.with_mixed_batch_norms(client.copy(), client.beta).train()
-    ordinary = client.copy().train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    ordinary = client.copy().train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # stubs lack it
 
     def ours() -> None:
         inner_step(client.model, client.state, client.train[0], client.beta, rates)
@@ -67,7 +67,7 @@ def _plain_step(model: nn.Module, client: Client) -> None:
     inputs = client.train[0][0].contiguous(memory_format=torch.channels_last)
     parameters = list(model.parameters())
     gradients = torch.autograd.grad(cross_entropy(model(inputs), client.train[0][1]), parameters)
-    torch._foreach_add_([p.data for p in parameters], gradients, alpha=-0.01)  # type: ignore[arg-type]
+    torch._foreach_add_([p.data for p in parameters], gradients, alpha=-0.01)  # type: ignore[arg-type]  # tuples will do
 
 
 def _kernel_share(events: EventList) -> float:
