@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fedl2p.analysis import paired_bootstrap
-from fedl2p.config import load_config
-from fedl2p.main_job import run_and_report
+from fedl2p.experiment.config import load_config
+from fedl2p.experiment.run import run_and_report
+from fedl2p.report.analysis import paired_bootstrap
 
 
 def main() -> None:

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fedl2p.config import load_config
-from fedl2p.experiment import Experiment
+from fedl2p.experiment.config import load_config
+from fedl2p.experiment.stages import Experiment
 
 PAPER_NETS = [
     "meta_nets.initialization=paper",

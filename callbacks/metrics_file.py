@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from fedl2p.errors import RunFolderError
-from fedl2p.federation.rounds import MetaState, RoundCallback, RoundRecord
-from fedl2p.report.files import write_atomically
+from fedl2p.federation.state import MetaState, RoundCallback, RoundRecord
+from fedl2p.io import write_atomically
 
 
 class MetricsFile(RoundCallback):

@@ -3,7 +3,7 @@
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from fedl2p.federation.rounds import MetaState, RoundCallback, RoundRecord
+from fedl2p.federation.state import MetaState, RoundCallback, RoundRecord
 
 PLAIN_LINES = 10  # about so many lines a run where there is no terminal
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from fedl2p.federation.rounds import MetaState, RoundCallback, RoundRecord
+from fedl2p.federation.state import MetaState, RoundCallback, RoundRecord
 
 Mode = Literal["online", "offline", "disabled"]
 

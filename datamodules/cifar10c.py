@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from datamodules.base.domains import Domain, DomainsDataModule, Samples
+from datamodules.base.partition import IntArray, stratified_roles
 from datamodules.cifar10 import CLASSES, MEAN, STD, Bytes, Split, as_inputs, read_cifar10
-from datamodules.cifar10_corruptions import COMPUTED, corrupt
-from datamodules.domains import Domain, DomainsDataModule, Samples
-from datamodules.files import data_folder, missing_data
-from datamodules.partition import IntArray, stratified_roles
+from datamodules.corruptions.cifar10 import COMPUTED, corrupt
+from datamodules.io.files import data_folder, missing_data
 from fedl2p.errors import DataError
 
 CORRUPTIONS = (

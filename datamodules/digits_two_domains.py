@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datamodules.domains import Domain, DomainsDataModule, Samples
-from datamodules.files import data_folder, missing_data
-from datamodules.partition import IntArray
+from datamodules.base.domains import Domain, DomainsDataModule, Samples
+from datamodules.base.partition import IntArray
+from datamodules.io.files import data_folder, missing_data
 from fedl2p.errors import DataError
 
 DOMAINS = ("mnist", "usps")

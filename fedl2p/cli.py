@@ -9,7 +9,7 @@ from fedl2p import __version__
 from fedl2p.errors import ConfigError, FedL2PError, RunFolderError
 
 if TYPE_CHECKING:
-    from fedl2p.config import Config
+    from fedl2p.experiment.config import Config
 
 RUN_HELP = """\
 Runs the whole main job: theta_g by FedAvg on the pretrain pool, the fine-tuning baselines with tuned learning rates,
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0, 1 after an error while running, 2 after an error in what was asked, 130 after an interruption.
     """
     options = make_parser().parse_args(arguments)
-    from fedl2p.config import load_config
+    from fedl2p.experiment.config import load_config
 
     try:
         config = load_config(options.config)
@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(config: "Config", *, resume: bool = False) -> int:
     """`fedl2p run`."""
     print("Loading ...", file=sys.stderr)
-    from fedl2p.main_job import run_and_report
+    from fedl2p.experiment.run import run_and_report
 
     run_and_report(config, resume=resume)
     return 0
@@ -98,7 +98,7 @@ def run(config: "Config", *, resume: bool = False) -> int:
 def data(config: "Config", *, picture: str | None = None, all_clients: bool = False) -> int:
     """`fedl2p data`."""
     print("Loading ...", file=sys.stderr)
-    from fedl2p.data_job import show_split
+    from fedl2p.experiment.inspect_data import show_split
 
     show_split(config, picture=picture, all_clients=all_clients)
     return 0

@@ -18,13 +18,20 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from fedl2p.batchnorm import MixedBatchNorm, convert_batchnorm
-from fedl2p.errors import ConfigError, DataError
-from fedl2p.finetune import CompiledStep, EvaluationStatistics, InnerState, RunningStart, initial_running, trained_names
-from fedl2p.functional import Batch, FunctionalModel, LossFunction
-from fedl2p.hypergradients import HypergradientEstimator, Unrolled
-from fedl2p.meta_nets import Hyperparameters, MetaNets
-from fedl2p.meta_step import (
+from fedl2p.core.batchnorm import MixedBatchNorm, convert_batchnorm
+from fedl2p.core.distributed import common_seed, own_part
+from fedl2p.core.finetune import (
+    CompiledStep,
+    EvaluationStatistics,
+    InnerState,
+    RunningStart,
+    initial_running,
+    trained_names,
+)
+from fedl2p.core.functional import Batch, FunctionalModel, LossFunction
+from fedl2p.core.hypergradients import HypergradientEstimator, Unrolled
+from fedl2p.core.meta_nets import Hyperparameters, MetaNets
+from fedl2p.core.meta_step import (
     META_LR,
     ClientInputs,
     MetaStep,
@@ -34,8 +41,8 @@ from fedl2p.meta_step import (
     moved_names,
     personalize,
 )
-from fedl2p.parallel import common_seed, own_part
-from fedl2p.statistics import ClientStatistics, collect_statistics
+from fedl2p.core.statistics import ClientStatistics, collect_statistics
+from fedl2p.errors import ConfigError, DataError
 
 Recipe = Callable[[ClientStatistics], Hyperparameters]
 Limit = int | float | None

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from torch import nn
 
+from fedl2p.core.meta_nets import MetaNets
 from fedl2p.errors import ModelError, RunFolderError
 from fedl2p.federation.checkpoint import load_metadata, load_tensors
-from fedl2p.meta_nets import MetaNets
 
 _NAMES = ("batchnorm_names", "layer_names", "parameter_names")
 

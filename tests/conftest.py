@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from datamodules.files import ENVIRONMENT
+from datamodules.io.files import ENVIRONMENT
 
 
 @pytest.fixture(scope="session")

@@ -10,12 +10,12 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from fedl2p.batchnorm import convert_batchnorm
-from fedl2p.finetune import InnerState, evaluation_loss, finetune, initial_running
-from fedl2p.functional import Batch, FunctionalModel
-from fedl2p.hypergradients import FOMAML, IFT, HypergradientEstimator, MetaProblem
-from fedl2p.meta_nets import MetaNets
-from fedl2p.statistics import collect_statistics
+from fedl2p.core.batchnorm import convert_batchnorm
+from fedl2p.core.finetune import InnerState, evaluation_loss, finetune, initial_running
+from fedl2p.core.functional import Batch, FunctionalModel
+from fedl2p.core.hypergradients import FOMAML, IFT, HypergradientEstimator, MetaProblem
+from fedl2p.core.meta_nets import MetaNets
+from fedl2p.core.statistics import collect_statistics
 
 META_NAMES = {
     "bn_net.layers.0": "bn_net/model.0",

@@ -8,7 +8,7 @@ import pytest
 
 import fedl2p
 from fedl2p.cli import main
-from fedl2p.config import load_config
+from fedl2p.experiment.config import load_config
 
 CONFIGS = sorted((Path(fedl2p.__file__).parents[1] / "configs").rglob("*.yaml"))
 TINY_DIGITS = {

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from datamodules.federated import ClientData, FederatedDataModule
-from fedl2p.batchnorm import convert_batchnorm
+from datamodules.base.federated import ClientData, FederatedDataModule
+from fedl2p.core.batchnorm import convert_batchnorm
+from fedl2p.core.finetune import InnerState
+from fedl2p.core.functional import Batch, FunctionalModel
+from fedl2p.core.hypergradients import HypergradientEstimator, Unrolled
+from fedl2p.core.meta_nets import MetaNets
 from fedl2p.federation.runtime import ClientRuntime
-from fedl2p.finetune import InnerState
-from fedl2p.functional import Batch, FunctionalModel
-from fedl2p.hypergradients import HypergradientEstimator, Unrolled
-from fedl2p.meta_nets import MetaNets
 from fedl2p.models import ResNet18, SmallConvNet
 
 RATE, BETA = 0.01, 0.5

@@ -9,11 +9,11 @@ import torch
 from benchmarks.speed import reference
 from benchmarks.speed.cases import Client
 from benchmarks.speed.measure import Row, command, in_turns
-from fedl2p.batchnorm import convert_batchnorm
-from fedl2p.cohort import ClientTask, CohortRunner
-from fedl2p.hypergradients import IFT
-from fedl2p.meta_nets import MetaNets
-from fedl2p.statistics import collect_statistics
+from fedl2p.core.batchnorm import convert_batchnorm
+from fedl2p.core.cohort import ClientTask, CohortRunner
+from fedl2p.core.hypergradients import IFT
+from fedl2p.core.meta_nets import MetaNets
+from fedl2p.core.statistics import collect_statistics
 
 META_LR = {"bn_net": 1e-3, "lr_net": 1e-3, "base_lr": 1e-4}
 AGAINST = "reference loop"

@@ -11,9 +11,9 @@ import torch
 from benchmarks.speed import reference
 from benchmarks.speed.cases import Client
 from benchmarks.speed.measure import Row, command, in_turns, peak_memory
-from fedl2p.finetune import finetune
-from fedl2p.hypergradients import FOMAML, IFT, HypergradientEstimator, MetaProblem, Unrolled
-from fedl2p.hypergradients.base import last_step_gradient
+from fedl2p.core.finetune import finetune
+from fedl2p.core.hypergradients import FOMAML, IFT, HypergradientEstimator, MetaProblem, Unrolled
+from fedl2p.core.hypergradients.base import last_step_gradient
 
 
 def problem(client: Client, estimator: HypergradientEstimator, epochs: int) -> MetaProblem:

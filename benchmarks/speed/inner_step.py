@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.speed import reference
 from benchmarks.speed.cases import Client
 from benchmarks.speed.measure import Row, command, in_turns
-from fedl2p.finetune import CompiledStep, finetune, inner_step
+from fedl2p.core.finetune import CompiledStep, finetune, inner_step
 
 KERNELS = ("conv", "mm", "linear")
 AGAINST = "reference loop"

@@ -10,9 +10,9 @@ from dataclasses import replace
 from benchmarks.speed.cases import small_runtime
 from benchmarks.speed.measure import Row, command, in_turns, peak_memory
 from fedl2p.federation.client_app import make_client_app, make_cohort_handlers
-from fedl2p.federation.engines import LocalGrid, flower_run
-from fedl2p.federation.rounds import MetaState
-from fedl2p.federation.server import run_rounds, standardize_inputs
+from fedl2p.federation.local import LocalGrid, flower_run
+from fedl2p.federation.rounds import run_rounds, standardize_inputs
+from fedl2p.federation.state import MetaState
 from fedl2p.federation.strategy import FedL2PStrategy
 
 

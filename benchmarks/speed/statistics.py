@@ -7,7 +7,7 @@ Time: seconds.
 from benchmarks.speed import reference
 from benchmarks.speed.cases import Client
 from benchmarks.speed.measure import Row, command, in_turns
-from fedl2p.statistics import collect_statistics
+from fedl2p.core.statistics import collect_statistics
 
 
 def measure(quick: bool) -> list[Row]:

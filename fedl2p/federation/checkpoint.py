@@ -8,10 +8,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from fedl2p.core.functional import Tensors
+from fedl2p.core.statistics import ClientStatistics
 from fedl2p.errors import RunFolderError
-from fedl2p.federation.rounds import MetaState, RoundRecord
-from fedl2p.functional import Tensors
-from fedl2p.statistics import ClientStatistics
+from fedl2p.federation.state import MetaState, RoundRecord
 
 FILE_NAME = "rounds.safetensors"
 

@@ -7,6 +7,7 @@ from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
+from fedl2p.core.functional import Tensors
 from fedl2p.errors import FederationError
 from fedl2p.federation.messages import (
     ARRAYS,
@@ -23,7 +24,6 @@ from fedl2p.federation.messages import (
     reply,
 )
 from fedl2p.federation.runtime import ClientRuntime
-from fedl2p.functional import Tensors
 
 CLIENT_ERROR = 2  # Flower's code for an exception in a ClientApp
 

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
+from fedl2p.core.functional import Tensors
 from fedl2p.errors import FederationError
-from fedl2p.functional import Tensors
 
 # Message types "<category>.<action>" select the handler of the ClientApp.
 IDENTIFY = "query.identify"

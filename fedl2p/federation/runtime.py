@@ -16,18 +16,18 @@ import torch
 from torch import nn
 
 from fedl2p.client import FedL2PClient, Limit, inner_batches, limited
-from fedl2p.cohort import ClientTask, CohortRunner, Evaluation, MetaUpdate, automatic_cohort_size
+from fedl2p.core.cohort import ClientTask, CohortRunner, Evaluation, MetaUpdate, automatic_cohort_size
+from fedl2p.core.finetune import CompiledStep, EvaluationStatistics, RunningStart
+from fedl2p.core.functional import Batch, FunctionalModel, LossFunction, Tensors
+from fedl2p.core.hypergradients import HypergradientEstimator
+from fedl2p.core.meta_nets import Hyperparameters, MetaNets
+from fedl2p.core.meta_step import META_LR
+from fedl2p.core.statistics import ClientStatistics, collect_statistics
 from fedl2p.federation.checkpoint import load_statistics, save_statistics
-from fedl2p.finetune import CompiledStep, EvaluationStatistics, RunningStart
-from fedl2p.functional import Batch, FunctionalModel, LossFunction, Tensors
-from fedl2p.hypergradients import HypergradientEstimator
-from fedl2p.meta_nets import Hyperparameters, MetaNets
-from fedl2p.meta_step import META_LR
 from fedl2p.seeding import derive_seed
-from fedl2p.statistics import ClientStatistics, collect_statistics
 
 if TYPE_CHECKING:
-    from datamodules.federated import FederatedDataModule
+    from datamodules.base.federated import FederatedDataModule
 
 
 class ClientRuntime:

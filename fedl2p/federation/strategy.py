@@ -12,6 +12,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
+from fedl2p.core.functional import Tensors
 from fedl2p.errors import ConfigError, FederationError
 from fedl2p.federation.client_app import find_nodes
 from fedl2p.federation.messages import (
@@ -28,7 +29,6 @@ from fedl2p.federation.messages import (
     instruction,
     to_arrays,
 )
-from fedl2p.functional import Tensors
 from fedl2p.seeding import derive_seed
 
 Decay = Literal["none", "cosine"]

@@ -14,6 +14,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from torch import nn
 
+from fedl2p.core.functional import LossFunction, Tensors
 from fedl2p.errors import ConfigError, FederationError
 from fedl2p.federation.client_app import add_identity_handler, find_nodes
 from fedl2p.federation.messages import (
@@ -30,11 +31,10 @@ from fedl2p.federation.messages import (
     reply,
     to_arrays,
 )
-from fedl2p.functional import LossFunction, Tensors
 from fedl2p.seeding import derive_seed
 
 if TYPE_CHECKING:
-    from datamodules.federated import FederatedDataModule
+    from datamodules.base.federated import FederatedDataModule
 
 
 class LocalTraining:

@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-from fedl2p.federation.rounds import RoundRecord
-from fedl2p.report.files import write_atomically
+from fedl2p.federation.state import RoundRecord
+from fedl2p.io import write_atomically
 from fedl2p.report.table import cells, method_label, number, pool_names
 
 # Okabe and Ito's colours, which people with colour blindness can tell apart.

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from fedl2p.core.meta_nets import Hyperparameters
 from fedl2p.errors import ModelError, RunFolderError
-from fedl2p.meta_nets import Hyperparameters
-from fedl2p.report.files import write_atomically
+from fedl2p.io import write_atomically
 
 COLUMNS = ("client", "domain", "pool", "kind", "layer", "value")
 

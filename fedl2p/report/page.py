@@ -11,9 +11,9 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from fedl2p.errors import RunFolderError
-from fedl2p.federation.rounds import RoundRecord
+from fedl2p.federation.state import RoundRecord
+from fedl2p.io import write_atomically
 from fedl2p.report.figures import History
-from fedl2p.report.files import write_atomically
 from fedl2p.report.table import NOTHING, cells, method_label, number, pool_names
 
 CAPTIONS = {

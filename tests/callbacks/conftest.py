@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from fedl2p.federation.rounds import MetaState, RoundRecord
+from fedl2p.federation.state import MetaState, RoundRecord
 
 
 def record(number: int, val_loss: float | None = None) -> RoundRecord:

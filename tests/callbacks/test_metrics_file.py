@@ -10,7 +10,7 @@ import pytest
 
 from callbacks import MetricsFile
 from fedl2p.errors import RunFolderError
-from fedl2p.federation.rounds import MetaState, RoundRecord
+from fedl2p.federation.state import MetaState, RoundRecord
 
 MakeState = Callable[[int], MetaState]
 MakeRecord = Callable[..., RoundRecord]

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from callbacks import RoundProgress
-from fedl2p.federation.rounds import MetaState, RoundRecord
+from fedl2p.federation.state import MetaState, RoundRecord
 
 MakeState = Callable[[int], MetaState]
 MakeRecord = Callable[..., RoundRecord]

@@ -13,7 +13,7 @@ from tiny_data import cifar10 as tiny
 from torchvision.datasets import CIFAR10
 
 from datamodules import CIFAR10DataModule
-from datamodules.arrays import labels_of
+from datamodules.base.arrays import labels_of
 from datamodules.cifar10 import read_cifar10
 from fedl2p.errors import DataError
 

@@ -11,8 +11,8 @@ from tiny_data import cifar10 as tiny_cifar10
 from tiny_data import cifar10c as tiny
 
 from datamodules import CIFAR10CDataModule
-from datamodules.cifar10_corruptions import COMPUTED, corrupt
 from datamodules.cifar10c import CORRUPTIONS
+from datamodules.corruptions.cifar10 import COMPUTED, corrupt
 from fedl2p.errors import DataError
 
 SMALL: dict[str, Any] = {"domains": tiny.NAMES, "clients_per_domain": 2, "unseen_clients_per_domain": 1}

@@ -11,7 +11,7 @@ from one_round import run_one_round
 from tiny_data import digits_two_domains
 
 from datamodules import DigitsTwoDomainsDataModule
-from datamodules.arrays import ArrayDataset, labels_of
+from datamodules.base.arrays import ArrayDataset, labels_of
 from fedl2p.errors import DataError
 
 SMALL: dict[str, Any] = {

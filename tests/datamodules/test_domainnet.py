@@ -9,7 +9,7 @@ from one_round import run_one_round
 from tiny_data import domainnet
 
 from datamodules import DomainNetDataModule
-from datamodules.arrays import labels_of
+from datamodules.base.arrays import labels_of
 from datamodules.domainnet import CLASSES, DOMAINS
 from fedl2p.errors import DataError
 

@@ -10,7 +10,7 @@ from one_round import run_one_round
 from tiny_data import femnist as tiny
 
 from datamodules import FEMNISTDataModule
-from datamodules.arrays import labels_of
+from datamodules.base.arrays import labels_of
 from fedl2p.errors import DataError
 
 

@@ -12,8 +12,8 @@ from tiny_data import image_folder
 from tiny_data.images import write_image
 
 from datamodules import ImageFolderDataModule
-from datamodules.arrays import labels_of
-from datamodules.images import read_images
+from datamodules.base.arrays import labels_of
+from datamodules.io.images import read_images
 from fedl2p.errors import DataError
 
 IMAGENET = (torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225]))

@@ -12,7 +12,7 @@ from tiny_data import office_caltech10
 from tiny_data.images import write_image
 
 from datamodules import OfficeCaltech10DataModule
-from datamodules.arrays import labels_of
+from datamodules.base.arrays import labels_of
 from datamodules.office_caltech10 import CLASSES
 from fedl2p.errors import DataError
 

@@ -14,7 +14,7 @@ from one_round import run_one_round
 from tiny_data import speech_commands as tiny
 
 from datamodules import SpeechCommandsDataModule, mfcc, speech_commands
-from datamodules.arrays import labels_of
+from datamodules.base.arrays import labels_of
 from datamodules.speech_commands import CLASSES
 from fedl2p.errors import DataError
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from tiny_data import tensors
 
 from datamodules import ClientData, TensorsDataModule
-from datamodules.arrays import labels_of
+from datamodules.base.arrays import labels_of
 from fedl2p.errors import DataError
 
 ROLES = ("train", "val", "test")

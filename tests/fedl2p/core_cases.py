@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fedl2p.batchnorm import convert_batchnorm
-from fedl2p.finetune import FineTuned, InnerState, evaluation_loss, finetune, initial_running
-from fedl2p.functional import Batch, FunctionalModel, LossFunction
-from fedl2p.hypergradients import MetaProblem
-from fedl2p.statistics import ClientStatistics, collect_statistics
+from fedl2p.core.batchnorm import convert_batchnorm
+from fedl2p.core.finetune import FineTuned, InnerState, evaluation_loss, finetune, initial_running
+from fedl2p.core.functional import Batch, FunctionalModel, LossFunction
+from fedl2p.core.hypergradients import MetaProblem
+from fedl2p.core.statistics import ClientStatistics, collect_statistics
 
 
 def randomize(module: nn.Module, seed: int = 0) -> nn.Module:

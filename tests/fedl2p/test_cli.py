@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 import fedl2p
-from fedl2p import cli, main_job
+from fedl2p import cli
 from fedl2p.cli import main
 from fedl2p.errors import FederationError
+from fedl2p.experiment import run as main_job
 
 ROOT = Path(fedl2p.__file__).parents[1]
 DIGITS = str(ROOT / "configs" / "digits.yaml")

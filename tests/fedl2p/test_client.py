@@ -13,18 +13,18 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from datamodules.federated import ClientData, ClientDataModule
-from fedl2p.baselines import FixedRecipe
-from fedl2p.batchnorm import convert_batchnorm
+from datamodules.base.federated import ClientData, ClientDataModule
 from fedl2p.client import FedL2PClient, inner_batches, limited
+from fedl2p.core.batchnorm import convert_batchnorm
+from fedl2p.core.finetune import InnerState, finetune, initial_running
+from fedl2p.core.functional import Batch, FunctionalModel
+from fedl2p.core.hypergradients import HypergradientEstimator, Unrolled
+from fedl2p.core.hypergradients.base import Hypergradient, MetaProblem
+from fedl2p.core.meta_nets import MetaNets
+from fedl2p.core.meta_step import ClientInputs, evaluate, meta_step
+from fedl2p.core.statistics import ClientStatistics, collect_statistics
 from fedl2p.errors import ConfigError, DataError, ModelError
-from fedl2p.finetune import InnerState, finetune, initial_running
-from fedl2p.functional import Batch, FunctionalModel
-from fedl2p.hypergradients import HypergradientEstimator, Unrolled
-from fedl2p.hypergradients.base import Hypergradient, MetaProblem
-from fedl2p.meta_nets import MetaNets
-from fedl2p.meta_step import ClientInputs, evaluate, meta_step
-from fedl2p.statistics import ClientStatistics, collect_statistics
+from fedl2p.experiment.methods import FixedRecipe
 
 # Lightning's own: small loaders, and a name that it still uses and torch has deprecated.
 pytestmark = [

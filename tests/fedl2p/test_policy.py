@@ -7,12 +7,12 @@ import torch
 from core_cases import ConvNet, image_batches, seeded
 from torch import nn
 
-from fedl2p.batchnorm import convert_batchnorm
+from fedl2p.core.batchnorm import convert_batchnorm
+from fedl2p.core.meta_nets import MetaNets
+from fedl2p.core.statistics import collect_statistics
 from fedl2p.errors import ModelError
 from fedl2p.federation.checkpoint import write_tensors
-from fedl2p.meta_nets import MetaNets
 from fedl2p.policy import load_policy, policy_metadata
-from fedl2p.statistics import collect_statistics
 
 
 def stored(path: Path, model: nn.Module, **options: bool) -> MetaNets:

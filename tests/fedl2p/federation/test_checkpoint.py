@@ -11,7 +11,7 @@ import torch
 from fedl2p.errors import RunFolderError
 from fedl2p.federation import checkpoint
 from fedl2p.federation.checkpoint import FILE_NAME, load_metadata, load_state, load_tensors, save_state, write_tensors
-from fedl2p.federation.rounds import MetaState, RoundRecord
+from fedl2p.federation.state import MetaState, RoundRecord
 
 
 def make_state() -> MetaState:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fedl2p.errors import FederationError
-from fedl2p.federation.engines import flower_run
+from fedl2p.federation.local import flower_run
 from fedl2p.federation.messages import WeightedMean, from_arrays, instruction, reply, to_arrays
 
 

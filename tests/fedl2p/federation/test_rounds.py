@@ -11,18 +11,18 @@ from core_cases import ConvNet, seeded
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from datamodules.federated import ClientData, FederatedDataModule
-from fedl2p.batchnorm import convert_batchnorm
+from datamodules.base.federated import ClientData, FederatedDataModule
+from fedl2p.core.batchnorm import convert_batchnorm
+from fedl2p.core.hypergradients import Unrolled
+from fedl2p.core.meta_nets import MetaNets
 from fedl2p.errors import ConfigError, FederationError
 from fedl2p.federation.checkpoint import load_state, save_state
 from fedl2p.federation.client_app import make_client_app, make_cohort_handlers
-from fedl2p.federation.engines import LocalGrid, flower_run
-from fedl2p.federation.rounds import MetaState, RoundCallback, RoundRecord
+from fedl2p.federation.local import LocalGrid, flower_run
+from fedl2p.federation.rounds import run_rounds, standardize_inputs
 from fedl2p.federation.runtime import ClientRuntime, quiet_trainer
-from fedl2p.federation.server import run_rounds, standardize_inputs
+from fedl2p.federation.state import MetaState, RoundCallback, RoundRecord
 from fedl2p.federation.strategy import FedL2PStrategy
-from fedl2p.hypergradients import Unrolled
-from fedl2p.meta_nets import MetaNets
 
 # Lightning's own: small loaders, and a name that it still uses and torch has deprecated.
 pytestmark = [
@@ -218,7 +218,7 @@ def test_large_networks_have_the_format_and_the_kernels_that_suit_them(
     monkeypatch: pytest.MonkeyPatch, cohort_size: int | None
 ) -> None:
     plain = Federation(client_fraction=1.0, runtime={"cohort_size": cohort_size})
-    monkeypatch.setattr("fedl2p.cohort.CPU_COHORT_VALUES", 1)
+    monkeypatch.setattr("fedl2p.core.cohort.CPU_COHORT_VALUES", 1)
     large = Federation(client_fraction=1.0, runtime={"cohort_size": cohort_size})
     assert [federation.runtime.model.fused_batchnorm for federation in (plain, large)] == [False, True]
     weights = [federation.runtime.model.module.conv2.weight for federation in (plain, large)]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedl2p.errors import ConfigError, FederationError
 from fedl2p.federation.client_app import add_identity_handler, error_reply
-from fedl2p.federation.engines import LocalGrid, flower_run
+from fedl2p.federation.local import LocalGrid, flower_run
 from fedl2p.federation.messages import META_EVALUATE, META_TRAIN, from_arrays, reply, to_arrays
 from fedl2p.federation.strategy import FedL2PStrategy, decayed
 

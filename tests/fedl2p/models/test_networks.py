@@ -14,13 +14,13 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from datamodules.federated import ClientData, FederatedDataModule
-from fedl2p.batchnorm import batchnorm_names, convert_batchnorm
-from fedl2p.config import load_config
+from datamodules.base.federated import ClientData, FederatedDataModule
+from fedl2p.core.batchnorm import batchnorm_names, convert_batchnorm
+from fedl2p.core.statistics import learnable_layer_names
 from fedl2p.errors import ConfigError, ModelError
-from fedl2p.experiment import Experiment
+from fedl2p.experiment.config import load_config
+from fedl2p.experiment.stages import Experiment
 from fedl2p.models import CifarResNet, MobileNetV1, ResNet18
-from fedl2p.statistics import learnable_layer_names
 
 MAKERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "cifar": (lambda: ResNet18(variant="cifar", num_classes=4), (3, 16, 16)),

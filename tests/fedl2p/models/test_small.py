@@ -5,9 +5,9 @@ import torch
 from core_cases import randomize
 from torch import nn
 
-from fedl2p.batchnorm import batchnorm_names, convert_batchnorm
+from fedl2p.core.batchnorm import batchnorm_names, convert_batchnorm
+from fedl2p.core.statistics import learnable_layer_names
 from fedl2p.models import SmallConvNet
-from fedl2p.statistics import learnable_layer_names
 
 
 @pytest.mark.parametrize(("channels", "classes", "widths", "size"), [(1, 10, (16, 32, 32), 8), (3, 4, (5,), 1)])

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedl2p.analysis import spread
-from fedl2p.federation.rounds import RoundRecord
+from fedl2p.federation.state import RoundRecord
+from fedl2p.report.analysis import spread
 
 LABELS = {
     "global": "Global model",

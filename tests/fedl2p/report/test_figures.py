@@ -8,7 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from fedl2p.errors import RunFolderError
-from fedl2p.federation.rounds import RoundRecord
+from fedl2p.federation.state import RoundRecord
 from fedl2p.report.figures import accuracy_bars, hyperparameter_boxes, learning_curve, save_figures
 
 PNG = b"\x89PNG\r\n\x1a\n"

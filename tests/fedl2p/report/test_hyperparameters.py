@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from fedl2p import io as files
+from fedl2p.core.meta_nets import Hyperparameters
 from fedl2p.errors import ModelError, RunFolderError
-from fedl2p.meta_nets import Hyperparameters
-from fedl2p.report import files
 from fedl2p.report.hyperparameters import COLUMNS, hyperparameter_rows, read_hyperparameters, write_hyperparameters
 
 NETS = SimpleNamespace(batchnorm_names=("bn",), parameter_names=("conv.weight", "fc.weight"))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fedl2p.errors import RunFolderError
-from fedl2p.federation.rounds import RoundRecord
+from fedl2p.federation.state import RoundRecord
 from fedl2p.report.figures import save_figures
 from fedl2p.report.page import write_page
 

@@ -1,0 +1,1 @@
+"""Corruptions of images, by name and severity."""

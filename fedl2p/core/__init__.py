@@ -1,0 +1,1 @@
+"""The mathematical core: pure functions over explicit tensors."""

@@ -1,0 +1,342 @@
+"""From the configuration to objects: the only place, beside the command line, that knows its keys."""
+
+import functools
+import importlib
+import inspect
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.clientapp import ClientApp
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+
+from datamodules.base.federated import FederatedDataModule
+from fedl2p.core.batchnorm import convert_batchnorm
+from fedl2p.core.finetune import InnerState, finetune
+from fedl2p.core.functional import VALIDATION_LOSSES, FunctionalModel
+from fedl2p.core.hypergradients import ESTIMATORS, HypergradientEstimator, MetaProblem
+from fedl2p.core.meta_nets import MetaNets
+from fedl2p.errors import ConfigError, DataError, FedL2PError, ModelError
+from fedl2p.experiment.config import COHORT_PRECISIONS, ComponentConfig, Config, from_yaml, to_yaml, trainer_only
+from fedl2p.federation.checkpoint import load_tensors
+from fedl2p.federation.client_app import add_identity_handler, add_meta_handlers
+from fedl2p.federation.runtime import ClientRuntime, quiet_trainer
+from fedl2p.pretraining.fedavg import LocalTraining, add_pretrain_handler
+from fedl2p.seeding import derive_seed
+
+GLOBAL_MODEL = "global_model.safetensors"  # in a run's folder
+
+
+def import_object(path: str, key: str) -> Any:
+    """Imports the class or function `package.module.name`.
+
+    Args:
+        path: the import path; any module that Python finds, also outside this project.
+        key: the configuration key, for the error.
+
+    Raises:
+        ConfigError: there is no such module, or no such class or function in it.
+    """
+    module_name, _, name = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module_name), name) if module_name else None
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(f"{key} '{path}' cannot be imported: {error}.") from error
+    if not callable(found):
+        raise ConfigError(
+            f"{key} is '{path}'; allowed is the import path of a class or function, as package.module.Name."
+        )
+    return found
+
+
+def instantiate(component: ComponentConfig, key: str, *, kind: type) -> Any:
+    """Makes an object from a class path and its arguments, which are plain keyword arguments.
+
+    A function that makes such objects will do too, as `torchvision.models.resnet18` or `timm.create_model`.
+
+    Raises:
+        ConfigError: not such a class or function, an unknown or missing argument, or a value that it refuses.
+    """
+    path = component.class_path
+    found = import_object(path, f"{key}.class_path")
+    if isinstance(found, type) and not issubclass(found, kind):
+        raise ConfigError(f"{key}.class_path is '{path}'; allowed is a subclass of {kind.__name__}.")
+    made = call(found, component.init_args, f"{key}.init_args")
+    if not isinstance(made, kind):
+        raise ConfigError(f"{key}.class_path is '{path}', which makes a {type(made).__name__}, not a {kind.__name__}.")
+    return made
+
+
+def call(function: Any, arguments: dict[str, Any], key: str) -> Any:
+    """Calls with keyword arguments from the configuration; what it refuses becomes a ConfigError that names the key."""
+    parameters = inspect.signature(function).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    unknown = [name for name in arguments if name not in parameters]
+    if unknown and not takes_any:
+        raise ConfigError(f"Unknown key '{key}.{unknown[0]}'; known there are {', '.join(parameters)}.")
+    try:
+        return function(**arguments)
+    except (
+        FedL2PError,
+        MisconfigurationException,
+        ArithmeticError,
+        OSError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as e:
+        given = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+        raise ConfigError(f"{key}: {e}" + (f" (given {given})" if given else "")) from e
+
+
+def build_data(config: Config) -> FederatedDataModule:
+    """The federation's data, set up.
+
+    Raises:
+        ConfigError: the class or its arguments are wrong, or the data cannot be split as asked.
+    """
+    data: FederatedDataModule = instantiate(config.data, "data", kind=FederatedDataModule)
+    try:
+        data.prepare_data()
+        data.setup()
+        seen = len(data.pool("seen"))
+    except DataError as error:
+        raise ConfigError(f"data.init_args: {error}") from error
+    if config.pretraining.weights is None and config.pretraining.rounds and not data.pool(config.pretraining.pool):
+        raise ConfigError(
+            "The data have no clients in the pool 'pretrain'; give pretraining.weights a file, set pretraining.pool to "
+            "seen, or set pretraining.rounds to 0 where the model brings its own weights."
+        )
+    if config.federation.client_fraction * seen < 0.5:
+        raise ConfigError(
+            f"federation.client_fraction is {config.federation.client_fraction}, less than one of {seen} seen clients; "
+            f"allowed is {1 / seen:.3g} or more."
+        )
+    return data
+
+
+def build_model(config: Config) -> nn.Module:
+    """The global model before pretraining, its initial weights from the seed.
+
+    Raises:
+        ConfigError: the class or its arguments are wrong, or its batch norms cannot be mixed.
+    """
+    torch.manual_seed(derive_seed(config.seed, "model"))
+    model: nn.Module = instantiate(config.model, "model", kind=nn.Module)
+    try:
+        convert_batchnorm(model)
+    except (FedL2PError, LookupError) as error:
+        raise ConfigError(f"model: {error}") from error
+    return model
+
+
+def check_model(config: Config, data: FederatedDataModule, model: nn.Module) -> None:
+    """A batch through the model and one hypergradient, so that what cannot work is found before anything is written.
+
+    Raises:
+        ConfigError: the model does not take the data, or cannot be differentiated as the estimator needs.
+    """
+    estimator, inputs = build_estimator(config), torch.zeros((2, *data.input_shape))
+    try:
+        with torch.no_grad():
+            outputs = model.eval()(inputs)
+    except (RuntimeError, TypeError, ValueError, IndexError, ModelError) as error:
+        raise ConfigError(f"model: it does not take inputs of shape {data.input_shape}: {error}") from error
+    if outputs.shape != (2, data.num_classes):
+        raise ConfigError(
+            f"model: it answers with the shape {tuple(outputs.shape[1:])}; the data have {data.num_classes} classes."
+        )
+    stacked = FunctionalModel.of(convert_batchnorm(model).requires_grad_(False))
+
+    def val_loss(inputs: Tensor, functional: FunctionalModel) -> Tensor:
+        batch = inputs, torch.zeros(2, dtype=torch.int64)
+        beta, eta = torch.zeros(len(functional.batchnorm_names)), torch.zeros(len(functional.parameter_names))
+        start = InnerState(*functional.tensors())
+        tuned = finetune(functional, start, [batch], beta, eta, history=estimator.history(1))
+        return estimator(functional, MetaProblem(tuned, [batch], batch, [batch], beta, eta)).val_loss
+
+    try:
+        if cohort_size(config) != 1:
+            torch.vmap(partial(val_loss, functional=stacked), randomness="different")(inputs[None])
+        # As do large networks, and clients who find no other of their size.
+        val_loss(inputs, replace(stacked, alone=True))
+    except RuntimeError as error:
+        raise ConfigError(
+            f"model: a hypergradient by {config.hypergradient.name!r} cannot pass it: {error}. Second derivatives are "
+            "not needed by hypergradient.name=fomaml, and torch.vmap not by federation.cohort_size=1."
+        ) from error
+
+
+def build_estimator(config: Config) -> HypergradientEstimator:
+    """The estimator of the hypergradient.
+
+    Raises:
+        ConfigError: unknown arguments, or values that it refuses.
+    """
+    estimator = ESTIMATORS[config.hypergradient.name]
+    found: HypergradientEstimator = call(estimator, config.hypergradient.init_args, "hypergradient.init_args")
+    return found
+
+
+def check_trainer(config: Config) -> None:
+    """Refuses keys and values that the Lightning Trainer does not take, and several devices for one client.
+
+    Raises:
+        ConfigError: naming `trainer.<key>`.
+    """
+    trainer = call(lambda **arguments: quiet_trainer(arguments), _known_trainer_keys(config.trainer), "trainer")
+    if trainer.world_size > 1:
+        raise ConfigError(
+            f"trainer.devices is {config.trainer.get('devices')!r}; allowed in a federation is one device a client "
+            "(federation.engine=ray spreads clients over many). Several for one client are for a Trainer of your own."
+        )
+
+
+def _known_trainer_keys(arguments: dict[str, Any]) -> dict[str, Any]:
+    import lightning as L
+
+    known = inspect.signature(L.Trainer.__init__).parameters
+    unknown = [name for name in arguments if name not in known]
+    if unknown:
+        raise ConfigError(f"Unknown key 'trainer.{unknown[0]}'; known there are the arguments of lightning.Trainer.")
+    return arguments
+
+
+def cohort_size(config: Config) -> int | None:
+    """How many clients are stacked at most; None is automatic, 1 where the Trainer is set up for what needs one."""
+    if config.federation.cohort_size != "auto":
+        return int(config.federation.cohort_size)
+    return 1 if trainer_only(config.trainer) else None
+
+
+def build_device(config: Config) -> torch.device:
+    """Where cohorts run: the device that a Lightning Trainer would take for `trainer.accelerator` and `devices`.
+
+    Raises:
+        ConfigError: the machine has no such device.
+    """
+    if cohort_size(config) == 1:
+        return torch.device("cpu")  # each client's Trainer moves what it needs
+    chosen = {key: value for key, value in config.trainer.items() if key in ("accelerator", "devices")}
+    if not chosen:
+        return torch.device("cpu")
+    trainer = call(lambda **arguments: quiet_trainer(arguments), chosen, "trainer")
+    return torch.device(trainer.strategy.root_device)
+
+
+def build_autocast(config: Config) -> torch.dtype | None:
+    """The type of the half precision that cohorts fine-tune in; None is none.
+
+    On a CPU it is bfloat16 in any case, as in a Lightning Trainer.
+    """
+    name = COHORT_PRECISIONS.get(str(config.trainer.get("precision", "32")))
+    if name is not None and build_device(config).type == "cpu":
+        name = "bfloat16"
+    return None if name is None else getattr(torch, name)
+
+
+def build_training(config: Config, data: FederatedDataModule, model: nn.Module) -> LocalTraining:
+    """The clients' side of FedAvg."""
+    settings, device = config.pretraining, build_device(config)
+    data.to(device)
+    return LocalTraining(
+        data,
+        model,
+        epochs=settings.epochs,
+        lr=settings.lr,
+        momentum=settings.momentum,
+        device=device,
+        seed=config.seed,
+    )
+
+
+def build_remote_app(config: Config, folder: Path) -> ClientApp:
+    """The app of clients in other processes, which build data, model and nets anew, once a process.
+
+    Args:
+        config: of the run.
+        folder: the run's, where those processes find theta_g, and keep statistics.
+    """
+    app = ClientApp()
+    key = to_yaml(config), str(folder.absolute())
+    add_identity_handler(app)
+    add_pretrain_handler(app, lambda: _remote_training(*key))
+    add_meta_handlers(app, lambda: _remote_runtime(*key))
+    return app
+
+
+# An app comes anew with each message, so what its process has built is kept here.
+
+
+@functools.cache
+def _remote_data(config_yaml: str) -> tuple[Config, FederatedDataModule]:
+    config = from_yaml(config_yaml)
+    torch.set_num_threads(config.threads or 1)
+    return config, build_data(config)
+
+
+@functools.cache
+def _remote_training(config_yaml: str, folder: str) -> LocalTraining:
+    config, data = _remote_data(config_yaml)
+    return build_training(config, data, build_model(config))
+
+
+@functools.cache
+def _remote_runtime(config_yaml: str, folder: str) -> ClientRuntime:
+    config, data = _remote_data(config_yaml)
+    model = build_model(config)
+    model.load_state_dict(load_tensors(Path(folder) / GLOBAL_MODEL))
+    return build_runtime(config, data, model, base_lr=0.0, statistics_folder=Path(folder) / "statistics")
+
+
+def build_runtime(
+    config: Config,
+    data: FederatedDataModule,
+    model: nn.Module,
+    *,
+    base_lr: float,
+    statistics_folder: Path | None = None,
+) -> ClientRuntime:
+    """The clients' side, with new nets.
+
+    Args:
+        config: of the run.
+        data: set up.
+        model: theta_g, pretrained, not converted.
+        base_lr: initial eta~.
+        statistics_folder: see `ClientRuntime`.
+    """
+    converted = convert_batchnorm(model)
+    torch.manual_seed(derive_seed(config.seed, "meta_nets"))
+    meta_nets = MetaNets(
+        converted,
+        base_lr=base_lr,
+        initialization=config.meta_nets.initialization,  # type: ignore[arg-type]  # checked by config.check
+        log_divergence=config.meta_nets.log_divergence,
+        initial_beta=config.meta_nets.initial_beta,
+        sample_count=config.meta_nets.sample_count,
+    )
+    return ClientRuntime(
+        data,
+        converted,
+        meta_nets,
+        estimator=build_estimator(config),
+        meta_iterations=config.client.meta_iterations,
+        finetune_epochs=config.client.finetune_epochs,
+        meta_lr=dict(vars(config.client.meta_lr)),
+        clip_value=config.client.clip_value,
+        running_start=config.client.running_start,  # type: ignore[arg-type]  # checked by config.check
+        evaluation_statistics=config.client.evaluation_statistics,  # type: ignore[arg-type]  # likewise
+        val_loss_fn=VALIDATION_LOSSES[config.client.validation_loss],
+        cohort_size=cohort_size(config),
+        device=build_device(config),
+        autocast=build_autocast(config),
+        compile=config.client.compile,
+        seed=config.seed,
+        trainer=config.trainer,
+        statistics_folder=statistics_folder,
+    )

@@ -1,0 +1,352 @@
+"""The inner loop: plain SGD on an ordinary model is the reference; nothing that a caller holds is written to."""
+
+import copy
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from core_cases import ConvNet, close, conv_case, image_batches, make_case, seeded, unchanged
+from torch import Tensor, nn
+
+from fedl2p.core.finetune import (
+    CompiledStep,
+    InnerState,
+    evaluation_loss,
+    finetune,
+    initial_running,
+    inner_step,
+    trained_names,
+)
+from fedl2p.core.functional import FunctionalModel
+from fedl2p.core.statistics import collect_statistics
+from fedl2p.errors import ConfigError, ModelError
+
+
+def ordinary(case_module: nn.Module, start: InnerState) -> nn.Module:
+    """The plain torch model in the state that fine-tuning starts from."""
+    model = copy.deepcopy(case_module)
+    state = {n: t for n, t in {**start.parameters, **start.buffers}.items() if n in model.state_dict()}
+    model.load_state_dict(state, strict=False)
+    return model.train()
+
+
+def assert_equals_module(state: InnerState, module: nn.Module) -> None:
+    for name, parameter in module.named_parameters():
+        close(state.parameters[name], parameter.detach(), 1e-10)
+    for name, buffer in module.named_buffers():
+        if not name.endswith("num_batches_tracked") or name in state.buffers:
+            close(state.buffers[name].double(), buffer.double(), 1e-10)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_beta_1_equals_torch_sgd_with_a_rate_for_each_tensor_on_the_ordinary_model(momentum: float | None) -> None:
+    plain = seeded(lambda: ConvNet(momentum))
+    case = make_case(plain, image_batches(5, 4, 6, 3), image_batches(4))
+    eta = case.eta.abs()
+    model = ordinary(plain, case.start)
+    optimizer = torch.optim.SGD([{"params": [p], "lr": float(r)} for p, r in zip(model.parameters(), eta, strict=True)])
+    losses = []
+    for inputs, targets in case.train:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(inputs), targets)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    tuned = finetune(case.model, case.start, case.train, torch.ones(2).double(), eta)
+    assert_equals_module(tuned.final, model)
+    close(tuned.losses, torch.stack(losses), 1e-11)
+
+
+def test_negative_rates_climb() -> None:
+    case = conv_case(steps=1)
+    eta = -case.eta.abs()
+    down = finetune(case.model, case.start, case.train, case.beta, -eta).final
+    up = finetune(case.model, case.start, case.train, case.beta, eta).final
+    for name, origin in case.start.parameters.items():
+        close(up.parameters[name] - origin, origin - down.parameters[name], 1e-10)
+
+
+def test_nothing_that_the_caller_holds_is_changed() -> None:
+    case = conv_case()
+    module_state = case.model.module.state_dict()
+    with unchanged(case.start, case.train, case.val, case.beta, case.eta, module_state):
+        tuned = case.tune(history=2)
+        evaluation_loss(case.model, tuned.final, case.beta, case.val)
+    assert set(tuned.final.buffers) == set(case.start.buffers)
+    assert list(tuned.final.parameters) == list(case.model.parameter_names)
+
+
+def test_no_graph_is_kept_even_when_beta_and_eta_have_one() -> None:
+    case = conv_case()
+    tuned = finetune(
+        case.model, case.start, case.train, case.beta.requires_grad_(), case.eta.requires_grad_(), history=1
+    )
+    tensors = [*tuned.final.parameters.values(), *tuned.final.buffers.values(), tuned.losses]
+    assert not any(tensor.requires_grad for tensor in tensors)
+
+
+def test_trained_names_are_the_tensors_with_a_rate_and_skipping_the_others_changes_nothing() -> None:
+    case = conv_case()
+    names = trained_names(case.model, case.eta)
+    assert names == tuple(n for n in case.model.parameter_names if n != "bn1.weight")
+    full = case.tune()
+    skipping = finetune(case.model, case.start, case.train, case.beta, case.eta, trained=names)
+    for part in range(2):
+        for name, value in full.final[part].items():
+            assert torch.equal(value, skipping.final[part][name]), name
+    assert list(skipping.final.parameters) == list(full.final.parameters)
+    assert torch.equal(full.losses, skipping.losses)
+
+
+def test_trained_names_of_a_cohort_are_those_of_any_client() -> None:
+    model = conv_case().model
+    eta = torch.zeros(3, 9)
+    eta[0, 2], eta[2, 7] = 0.1, -1e-20
+    assert trained_names(model, eta) == ("bn1.bias", "fc.weight")
+    assert trained_names(model, torch.zeros(9)) == ()
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("fused", [False, True])
+def test_steps_of_a_client_alone_are_the_steps(momentum: float | None, fused: bool) -> None:
+    case = conv_case(momentum=momentum)
+    alone = case._replace(model=replace(case.model, alone=True, fused_batchnorm=fused))
+    expected, names = case.tune(history=2), trained_names(case.model, case.eta)
+    skipping = finetune(alone.model, case.start, case.train, case.beta, case.eta, history=2, trained=names)
+    with unchanged(*case.start), torch.no_grad():
+        tuned = alone.tune(history=2)
+    for actual in (tuned, skipping):
+        close(actual.losses, expected.losses, 1e-12)
+        pairs = zip((actual.final, *actual.history), (expected.final, *expected.history), strict=True)
+        for state, other in pairs:
+            for part in range(2):
+                for name, value in other[part].items():
+                    close(state[part][name], value, 1e-12)
+                    assert not state[part][name].requires_grad
+    assert not any(layer.first_order for layer in case.model._layers)
+
+
+def test_steps_of_a_client_alone_work_in_inference_mode_and_with_a_parameter_that_is_not_used() -> None:
+    class Idle(ConvNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.idle = nn.Parameter(torch.ones(2))
+
+    case = make_case(seeded(Idle), image_batches(4, 5), image_batches(4))
+    alone = case._replace(model=replace(case.model, alone=True, fused_batchnorm=True))
+    expected = case.tune().final.parameters
+    with torch.inference_mode():
+        inferred = alone.tune().final
+    going_on = finetune(alone.model, inferred, case.train, case.beta, case.eta).final.parameters
+    close(
+        going_on["fc.bias"], finetune(case.model, case.tune().final, case.train, case.beta, case.eta)[0][0]["fc.bias"]
+    )
+    for actual in (alone.tune().final.parameters, inferred.parameters):
+        assert torch.equal(actual["idle"], expected["idle"])
+        for name, value in expected.items():
+            close(actual[name], value, 1e-12)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_tensors_that_do_not_reach_the_loss_stay(alone: bool) -> None:
+    case = conv_case()
+    model = replace(case.model, alone=alone, loss_fn=lambda outputs, targets: torch.zeros((), dtype=outputs.dtype))
+    tuned = finetune(model, case.start, case.train, case.beta, case.eta)
+    assert all(torch.equal(tuned.final.parameters[name], p) for name, p in case.start.parameters.items())
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_parameters_keep_their_type_whatever_that_of_the_rates(alone: bool) -> None:
+    model = replace(FunctionalModel.of(nn.Linear(3, 2).to(torch.bfloat16)), alone=alone)
+    batch = torch.ones(4, 3, dtype=torch.bfloat16), torch.tensor([0, 1, 0, 1])
+    state = InnerState(*model.tensors())
+
+    def run(eta: Tensor) -> dict[str, Tensor]:
+        return finetune(model, state, [batch, batch], torch.zeros(0), eta).final.parameters
+
+    for tensor in (run(torch.ones(2)) if alone else torch.vmap(run)(torch.ones(2, 2))).values():
+        assert tensor.dtype == torch.bfloat16
+
+
+def test_without_a_rate_only_the_running_statistics_move() -> None:
+    case = conv_case()
+    tuned = finetune(case.model, case.start, case.train, case.beta, torch.zeros(9).double(), trained=())
+    full = finetune(case.model, case.start, case.train, case.beta, torch.zeros(9).double())
+    assert len(tuned.losses) == 3
+    for name, value in tuned.final.parameters.items():
+        assert torch.equal(value, case.start.parameters[name])
+    for name, value in tuned.final.buffers.items():
+        assert torch.equal(value, full.final.buffers[name])
+    assert not torch.equal(tuned.final.buffers["bn1.running_mean"], case.start.buffers["bn1.running_mean"])
+
+
+@pytest.mark.parametrize("history", [0, 1, 2, 4, 9])
+def test_history_holds_the_states_before_the_last_steps_oldest_first(history: int) -> None:
+    case = conv_case(steps=4)
+    tuned = case.tune(history=history)
+    kept = min(history, 4)
+    assert len(tuned.history) == kept
+    for index, state in enumerate(tuned.history):
+        expected = finetune(case.model, case.start, case.train[: 4 - kept + index], case.beta, case.eta).final
+        for part in range(2):
+            for name, value in expected[part].items():
+                assert torch.equal(state[part][name], value)
+
+
+def test_zero_batches_leave_everything_as_it_was() -> None:
+    case = conv_case()
+    tuned = finetune(case.model, case.start, [], case.beta, case.eta, history=1)
+    assert tuned.final is case.start
+    assert tuned.history == ()
+    assert tuned.losses.shape == (0,)
+
+
+def test_measured_start_is_the_clients_own_statistics_and_zero_one_is_0_and_1() -> None:
+    case = conv_case(momentum=None)
+    _, buffers = case.model.tensors()
+    measured = initial_running(case.model, buffers, case.statistics)
+    assert torch.equal(measured["bn2.running_mean"], case.statistics.channel_mean["bn2"])
+    assert torch.equal(measured["bn2.running_var"], case.statistics.channel_var["bn2"])
+    fresh = initial_running(case.model, buffers, case.statistics, start="zero_one")
+    assert fresh["bn2.running_mean"].tolist() == [0, 0, 0]
+    assert fresh["bn2.running_var"].tolist() == [1, 1, 1]
+    assert fresh["bn2.num_batches_tracked"] == 0
+    assert set(fresh) <= set(buffers)
+
+
+def test_an_unknown_start_and_statistics_of_another_model_are_errors() -> None:
+    case = conv_case()
+    _, buffers = case.model.tensors()
+    with pytest.raises(ConfigError, match=r"'pretrained'.*'measured' and 'zero_one'"):
+        initial_running(case.model, buffers, case.statistics, start="pretrained")
+    other = collect_statistics(nn.Linear(3, 2), [torch.randn(3, 3)])
+    with pytest.raises(ModelError, match="another model"):
+        initial_running(case.model, buffers, other)
+
+
+def test_evaluation_loss_over_ragged_batches_is_the_mean_over_all_samples() -> None:
+    case = conv_case()
+    inputs, targets = (torch.cat(part) for part in zip(*image_batches(5, 1, 7), strict=True))
+    ragged = list(zip(inputs.split([5, 1, 7]), targets.split([5, 1, 7]), strict=True))
+    logits = case.model(*case.start, case.beta, inputs, training=False)[0]
+    expected = nn.functional.cross_entropy(logits, targets)
+    close(evaluation_loss(case.model, case.start, case.beta, ragged), expected, 1e-12)
+    close(evaluation_loss(case.model, case.start, case.beta, [(inputs, targets)]), expected, 1e-12)
+
+
+def test_evaluation_leaves_the_buffers_alone() -> None:
+    case = conv_case()
+    _, after = case.model(*case.start, case.beta, case.val[0][0], training=False)
+    for name, value in case.start.buffers.items():
+        assert torch.equal(after[name], value) or name.endswith(".beta")
+    assert torch.equal(after["bn2.beta"], case.beta[1])
+
+
+def test_a_model_with_dropout_trains_with_it_and_is_evaluated_without() -> None:
+    case = make_case(seeded(lambda: ConvNet(dropout=0.5)), image_batches(5, 4), image_batches(4))
+    runs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        runs.append(case.tune().final.parameters["fc.weight"])
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+    losses = [evaluation_loss(case.model, case.start, case.beta, case.val) for _ in range(2)]
+    assert torch.equal(*losses)
+
+
+def test_the_users_own_loss_over_a_sequence_equals_torch_sgd() -> None:
+    class Sequence(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(7, 4)
+            self.bn = nn.BatchNorm1d(4)
+            self.head = nn.Linear(4, 2)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.head(torch.relu(self.bn(self.embedding(tokens).mT)).mT)
+
+    def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(outputs.mT, targets, reduction="none").sum(1).mean()
+
+    plain = seeded(Sequence)
+    train = [(torch.randint(7, (n, 5)), torch.randint(2, (n, 5))) for n in (4, 3)]
+    case = make_case(plain, train, train, loss_fn=loss_fn)
+    model = ordinary(plain, case.start)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
+    for tokens, targets in train:
+        optimizer.zero_grad()
+        loss_fn(model(tokens), targets).backward()
+        optimizer.step()
+    tuned = finetune(case.model, case.start, train, torch.ones(1).double(), torch.full((5,), 0.2, dtype=torch.float64))
+    assert_equals_module(tuned.final, model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8])
+def test_inputs_that_the_model_itself_casts_may_have_any_type(dtype: torch.dtype) -> None:
+    class Casting(ConvNet):
+        def forward(self, inputs: Tensor) -> Tensor:
+            return super().forward(inputs.to(torch.float64))
+
+    pictures = [((x > 0).to(dtype), y) for x, y in image_batches(5, 4)]
+    case = make_case(seeded(Casting), pictures, pictures)
+    floats = make_case(seeded(ConvNet), [(x.double(), y) for x, y in pictures], case.val)
+    for name, value in floats.tune().final.parameters.items():
+        assert torch.equal(value, case.tune().final.parameters[name])
+
+
+# Compiled steps
+
+
+def test_a_compiled_step_is_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[Any] = []
+
+    def compile(function: Any, **options: Any) -> Any:
+        compiled.append((function, options))
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile)
+    case = conv_case()
+    model = replace(case.model, compiled=CompiledStep())
+    expected = case.tune().final
+    found = finetune(model, case.start, case.train, case.beta, case.eta).final
+    assert compiled == [(inner_step, {"dynamic": False})]
+    assert all(torch.equal(found.parameters[name], p) for name, p in expected.parameters.items())
+
+
+def test_without_a_compiler_steps_go_on_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def broken(*arguments: Any) -> Any:
+        calls.append(1)
+        raise RuntimeError("No working C++ compiler found\nand more")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: broken)
+    case = conv_case()
+    model = replace(case.model, compiled=CompiledStep())
+    with pytest.warns(UserWarning, match=r"cannot compile .*: No working C\+\+ compiler found$"):
+        found = finetune(model, case.start, case.train, case.beta, case.eta).final
+    assert len(calls) == 1
+    assert all(torch.equal(found.parameters[name], p) for name, p in case.tune().final.parameters.items())
+
+
+def test_an_error_of_the_step_itself_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    case = conv_case()
+    model = replace(case.model, compiled=CompiledStep())
+    bad = [(case.train[0][0][:, :, :1], case.train[0][1])]  # images too small for the second convolution
+    with pytest.raises(RuntimeError, match=r"[Kk]ernel size"):
+        finetune(model, case.start, bad, case.beta, case.eta)
+
+
+@pytest.mark.slow
+def test_torch_compiles_the_step() -> None:
+    case = conv_case()
+    model = replace(case.model, compiled=CompiledStep())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, at its first compilation
+        found = finetune(model, case.start, case.train, case.beta, case.eta).final
+    assert model.compiled is not None and model.compiled._step is not inner_step
+    for name, p in case.tune().final.parameters.items():
+        torch.testing.assert_close(found.parameters[name], p, rtol=0, atol=1e-10)
