@@ -8,10 +8,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from callbacks.hyperparameters import HyperparameterLogger
-    from callbacks.metrics_file import MetricsFile
-    from callbacks.progress import RoundProgress
-    from callbacks.wandb_rounds import WandbRounds, start_wandb
+    from fedl2p.callbacks.hyperparameters import HyperparameterLogger
+    from fedl2p.callbacks.metrics_file import MetricsFile
+    from fedl2p.callbacks.progress import RoundProgress
+    from fedl2p.callbacks.wandb_rounds import WandbRounds, start_wandb
 
 __all__ = ["HyperparameterLogger", "MetricsFile", "RoundProgress", "WandbRounds", "start_wandb"]
 
@@ -27,4 +27,4 @@ _MODULES = {
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module 'callbacks' has no attribute '{name}'")
-    return getattr(import_module(f"callbacks.{_MODULES[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from datamodules.base.arrays import crop_and_flip
-from datamodules.base.domains import Domain, DomainsDataModule, Samples
-from datamodules.base.partition import IntArray
-from datamodules.io.files import data_folder, missing_data
+from fedl2p.datamodules.base.arrays import crop_and_flip
+from fedl2p.datamodules.base.domains import Domain, DomainsDataModule, Samples
+from fedl2p.datamodules.base.partition import IntArray
+from fedl2p.datamodules.io.files import data_folder, missing_data
 from fedl2p.errors import DataError
 
 MEAN = (0.4914, 0.4822, 0.4465)

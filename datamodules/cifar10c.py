@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from datamodules.base.domains import Domain, DomainsDataModule, Samples
-from datamodules.base.partition import IntArray, stratified_roles
-from datamodules.cifar10 import CLASSES, MEAN, STD, Bytes, Split, as_inputs, read_cifar10
-from datamodules.corruptions.cifar10 import COMPUTED, corrupt
-from datamodules.io.files import data_folder, missing_data
+from fedl2p.datamodules.base.domains import Domain, DomainsDataModule, Samples
+from fedl2p.datamodules.base.partition import IntArray, stratified_roles
+from fedl2p.datamodules.cifar10 import CLASSES, MEAN, STD, Bytes, Split, as_inputs, read_cifar10
+from fedl2p.datamodules.corruptions.cifar10 import COMPUTED, corrupt
+from fedl2p.datamodules.io.files import data_folder, missing_data
 from fedl2p.errors import DataError
 
 CORRUPTIONS = (

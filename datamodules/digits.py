@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from datamodules.base.federated import POOLS, ClientData, FederatedDataModule
-from datamodules.base.partition import (
+from fedl2p.datamodules.base.federated import POOLS, ClientData, FederatedDataModule
+from fedl2p.datamodules.base.partition import (
     FloatArray,
     IntArray,
     label_proportions,
     partition_by_proportions,
     stratified_roles,
 )
-from datamodules.corruptions.digits import CORRUPTIONS
+from fedl2p.datamodules.corruptions.digits import CORRUPTIONS
 from fedl2p.errors import DataError
 
 DOMAINS = ("noise", "blur", "contrast", "brightness", "rotation", "inversion")
@@ -59,7 +59,7 @@ class DigitsDataModule(FederatedDataModule):
         batch_size: Samples in a client's training batch, at least 1.
         seed: Fixes the whole federation: who has which images, how corrupted. At least 0.
         alpha: Dirichlet concentration of the labels, above 0: 0.1 is strong skew, 1000 none.
-        domains: Kinds of corruption, each at most once; of ``datamodules.corruptions.digits.CORRUPTIONS``.
+        domains: Kinds of corruption, each at most once; of ``fedl2p.datamodules.corruptions.digits.CORRUPTIONS``.
         pretrain_clients: Clients of the pretrain pool, 1 to 53.
         seen_clients: Clients of the seen pool, at least one a domain.
         unseen_clients: Clients of the unseen pool, at least one a domain.

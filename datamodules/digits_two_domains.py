@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datamodules.base.domains import Domain, DomainsDataModule, Samples
-from datamodules.base.partition import IntArray
-from datamodules.io.files import data_folder, missing_data
+from fedl2p.datamodules.base.domains import Domain, DomainsDataModule, Samples
+from fedl2p.datamodules.base.partition import IntArray
+from fedl2p.datamodules.io.files import data_folder, missing_data
 from fedl2p.errors import DataError
 
 DOMAINS = ("mnist", "usps")

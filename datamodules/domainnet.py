@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from datamodules.base.domains import Domain, Samples
-from datamodules.image_folder import ImageDomainsDataModule
-from datamodules.io.files import data_folder, missing_data
-from datamodules.io.images import Fit
+from fedl2p.datamodules.base.domains import Domain, Samples
+from fedl2p.datamodules.image_folder import ImageDomainsDataModule
+from fedl2p.datamodules.io.files import data_folder, missing_data
+from fedl2p.datamodules.io.images import Fit
 from fedl2p.errors import DataError
 
 DOMAINS = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")

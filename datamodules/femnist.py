@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datamodules.base.domains import Samples
-from datamodules.base.people import People, PeopleDataModule
-from datamodules.io.files import data_folder, missing_data, with_bar
-from datamodules.io.images import image_files, read_images
+from fedl2p.datamodules.base.domains import Samples
+from fedl2p.datamodules.base.people import People, PeopleDataModule
+from fedl2p.datamodules.io.files import data_folder, missing_data, with_bar
+from fedl2p.datamodules.io.images import image_files, read_images
 from fedl2p.errors import DataError
 
 _SIDE = 28

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from datamodules.base.domains import Domain, DomainsDataModule, Samples
-from datamodules.io.files import data_folder, missing_data
-from datamodules.io.images import IMAGENET_MEAN, IMAGENET_STD, Fit, flip_and_rotate, image_files, read_images
+from fedl2p.datamodules.base.domains import Domain, DomainsDataModule, Samples
+from fedl2p.datamodules.io.files import data_folder, missing_data
+from fedl2p.datamodules.io.images import IMAGENET_MEAN, IMAGENET_STD, Fit, flip_and_rotate, image_files, read_images
 from fedl2p.errors import DataError
 
 

@@ -8,10 +8,10 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from datamodules.base.domains import Domain
-from datamodules.image_folder import ImageDomainsDataModule, class_samples, subfolders
-from datamodules.io.files import data_folder, missing_data
-from datamodules.io.images import Fit
+from fedl2p.datamodules.base.domains import Domain
+from fedl2p.datamodules.image_folder import ImageDomainsDataModule, class_samples, subfolders
+from fedl2p.datamodules.io.files import data_folder, missing_data
+from fedl2p.datamodules.io.images import Fit
 from fedl2p.errors import DataError
 
 DOMAINS = ("amazon", "caltech", "dslr", "webcam")

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from datamodules.base.domains import Samples
-from datamodules.base.partition import IntArray
-from datamodules.base.people import People, PeopleDataModule
-from datamodules.io.files import data_folder, download, missing_data, with_bar
-from datamodules.io.mfcc import CLIP_SECONDS, Clip, cached_mfcc, wave_seconds
+from fedl2p.datamodules.base.domains import Samples
+from fedl2p.datamodules.base.partition import IntArray
+from fedl2p.datamodules.base.people import People, PeopleDataModule
+from fedl2p.datamodules.io.files import data_folder, download, missing_data, with_bar
+from fedl2p.datamodules.io.mfcc import CLIP_SECONDS, Clip, cached_mfcc, wave_seconds
 from fedl2p.errors import DataError
 
 WORDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")

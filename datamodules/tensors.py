@@ -11,9 +11,9 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from datamodules.base.arrays import ArrayDataset, Arrays
-from datamodules.base.federated import POOLS, ClientData, FederatedDataModule
-from datamodules.base.partition import IntArray, client_roles, stratified_roles
+from fedl2p.datamodules.base.arrays import ArrayDataset, Arrays
+from fedl2p.datamodules.base.federated import POOLS, ClientData, FederatedDataModule
+from fedl2p.datamodules.base.partition import IntArray, client_roles, stratified_roles
 from fedl2p.errors import DataError
 
 COLUMNS = ("inputs", "labels", "client", "domain", "pool", "role")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from datamodules.io.files import ENVIRONMENT
+from fedl2p.datamodules.io.files import ENVIRONMENT
 
 
 @pytest.fixture(scope="session")

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from datamodules.base.federated import ClientData, FederatedDataModule
 from fedl2p.core.batchnorm import convert_batchnorm
 from fedl2p.core.finetune import InnerState
 from fedl2p.core.functional import Batch, FunctionalModel
 from fedl2p.core.hypergradients import HypergradientEstimator, Unrolled
 from fedl2p.core.meta_nets import MetaNets
+from fedl2p.datamodules.base.federated import ClientData, FederatedDataModule
 from fedl2p.federation.runtime import ClientRuntime
 from fedl2p.models import ResNet18, SmallConvNet
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from datamodules.base.arrays import ArrayDataset, Arrays, Augmentation
-from datamodules.base.federated import POOLS, ClientData, FederatedDataModule
-from datamodules.base.partition import IntArray, dirichlet_clients, stratified_roles
+from fedl2p.datamodules.base.arrays import ArrayDataset, Arrays, Augmentation
+from fedl2p.datamodules.base.federated import POOLS, ClientData, FederatedDataModule
+from fedl2p.datamodules.base.partition import IntArray, dirichlet_clients, stratified_roles
 from fedl2p.errors import DataError
 
 _ROLES = ("train", "val", "test")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 
-from datamodules.base.arrays import ArrayDataset
+from fedl2p.datamodules.base.arrays import ArrayDataset
 from fedl2p.errors import DataError
 
 POOLS = ("pretrain", "seen", "unseen")

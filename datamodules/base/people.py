@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from datamodules.base.arrays import ArrayDataset, Arrays
-from datamodules.base.domains import Samples
-from datamodules.base.federated import POOLS, ClientData, FederatedDataModule
-from datamodules.base.partition import client_roles
+from fedl2p.datamodules.base.arrays import ArrayDataset, Arrays
+from fedl2p.datamodules.base.domains import Samples
+from fedl2p.datamodules.base.federated import POOLS, ClientData, FederatedDataModule
+from fedl2p.datamodules.base.partition import client_roles
 from fedl2p.errors import DataError
 
 _FEWEST = 3  # samples of a client, one a role

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datamodules.io.files import with_bar
+from fedl2p.datamodules.io.files import with_bar
 from fedl2p.errors import DataError
 
 CLIP_SECONDS = 1.0

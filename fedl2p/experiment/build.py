@@ -13,12 +13,12 @@ from flwr.clientapp import ClientApp
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from datamodules.base.federated import FederatedDataModule
 from fedl2p.core.batchnorm import convert_batchnorm
 from fedl2p.core.finetune import InnerState, finetune
 from fedl2p.core.functional import VALIDATION_LOSSES, FunctionalModel
 from fedl2p.core.hypergradients import ESTIMATORS, HypergradientEstimator, MetaProblem
 from fedl2p.core.meta_nets import MetaNets
+from fedl2p.datamodules.base.federated import FederatedDataModule
 from fedl2p.errors import ConfigError, DataError, FedL2PError, ModelError
 from fedl2p.experiment.config import COHORT_PRECISIONS, ComponentConfig, Config, from_yaml, to_yaml, trainer_only
 from fedl2p.federation.checkpoint import load_tensors

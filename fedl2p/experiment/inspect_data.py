@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from datamodules.base.arrays import labels_of
-from datamodules.base.federated import POOLS, FederatedDataModule
+from fedl2p.datamodules.base.arrays import labels_of
+from fedl2p.datamodules.base.federated import POOLS, FederatedDataModule
 from fedl2p.errors import DataError, RunFolderError
 from fedl2p.experiment.build import build_data
 from fedl2p.experiment.config import Config

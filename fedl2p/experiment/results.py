@@ -12,7 +12,7 @@ from fedl2p.core.cohort import Evaluation
 from fedl2p.report.analysis import paired_bootstrap, spread
 
 if TYPE_CHECKING:
-    from datamodules.base.federated import FederatedDataModule
+    from fedl2p.datamodules.base.federated import FederatedDataModule
 
 PACKAGES = ("fedl2p", "torch", "torchvision", "lightning", "torchmetrics", "flwr", "wandb", "omegaconf", "numpy")
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from callbacks.wandb_rounds import WandbRounds, start_wandb
+from fedl2p.callbacks.wandb_rounds import WandbRounds, start_wandb
 from fedl2p.experiment.config import Config
 from fedl2p.experiment.results import compare, versions
 from fedl2p.experiment.stages import POOLS, Experiment

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
-from callbacks import MetricsFile, RoundProgress
+from fedl2p.callbacks import MetricsFile, RoundProgress
 from fedl2p.core.cohort import Evaluation
 from fedl2p.core.finetune import EvaluationStatistics
 from fedl2p.core.functional import Tensors

@@ -27,7 +27,7 @@ from fedl2p.federation.checkpoint import load_statistics, save_statistics
 from fedl2p.seeding import derive_seed
 
 if TYPE_CHECKING:
-    from datamodules.base.federated import FederatedDataModule
+    from fedl2p.datamodules.base.federated import FederatedDataModule
 
 
 class ClientRuntime:

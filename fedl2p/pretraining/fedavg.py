@@ -34,7 +34,7 @@ from fedl2p.federation.messages import (
 from fedl2p.seeding import derive_seed
 
 if TYPE_CHECKING:
-    from datamodules.base.federated import FederatedDataModule
+    from fedl2p.datamodules.base.federated import FederatedDataModule
 
 
 class LocalTraining:

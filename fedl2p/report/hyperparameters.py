@@ -15,7 +15,7 @@ COLUMNS = ("client", "domain", "pool", "kind", "layer", "value")
 
 
 class Described(Protocol):
-    """Who a client is; `datamodules.ClientData` fits."""
+    """Who a client is; `fedl2p.datamodules.ClientData` fits."""
 
     @property
     def name(self) -> str:

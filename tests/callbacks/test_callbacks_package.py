@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-import callbacks
+from fedl2p import callbacks
 
 
 def test_every_promised_name_is_there() -> None:
@@ -21,8 +21,11 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 @pytest.mark.parametrize(
     ("statement", "absent"),
     [
-        ("import callbacks", ("wandb", "flwr", "torch", "lightning")),
-        ("from callbacks import MetricsFile, RoundProgress, WandbRounds, start_wandb", ("wandb", "flwr", "lightning")),
+        ("import fedl2p.callbacks", ("wandb", "flwr", "torch", "lightning")),
+        (
+            "from fedl2p.callbacks import MetricsFile, RoundProgress, WandbRounds, start_wandb",
+            ("wandb", "flwr", "lightning"),
+        ),
     ],
 )
 def test_importing_it_pulls_nothing_heavy_in(statement: str, absent: tuple[str, ...]) -> None:

@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from callbacks import HyperparameterLogger
+from fedl2p.callbacks import HyperparameterLogger
 from fedl2p.client import FedL2PClient
 
 # Lightning's own: small loaders, and a name that it still uses and torch has deprecated.

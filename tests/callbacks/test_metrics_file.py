@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from callbacks import MetricsFile
+from fedl2p.callbacks import MetricsFile
 from fedl2p.errors import RunFolderError
 from fedl2p.federation.state import MetaState, RoundRecord
 

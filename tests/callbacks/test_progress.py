@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 import pytest
 from rich.console import Console
 
-from callbacks import RoundProgress
+from fedl2p.callbacks import RoundProgress
 from fedl2p.federation.state import MetaState, RoundRecord
 
 MakeState = Callable[[int], MetaState]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from callbacks import WandbRounds, start_wandb, wandb_rounds
+from fedl2p.callbacks import WandbRounds, start_wandb, wandb_rounds
 from fedl2p.federation.state import MetaState, RoundRecord
 
 MakeState = Callable[[int], MetaState]

@@ -12,9 +12,9 @@ from one_round import run_one_round
 from tiny_data import cifar10 as tiny
 from torchvision.datasets import CIFAR10
 
-from datamodules import CIFAR10DataModule
-from datamodules.base.arrays import labels_of
-from datamodules.cifar10 import read_cifar10
+from fedl2p.datamodules import CIFAR10DataModule
+from fedl2p.datamodules.base.arrays import labels_of
+from fedl2p.datamodules.cifar10 import read_cifar10
 from fedl2p.errors import DataError
 
 
@@ -83,7 +83,7 @@ def test_a_thousand_clients_are_dealt_in_two_seconds(monkeypatch: pytest.MonkeyP
         name: (np.zeros((count, 1, 1, 3), dtype=np.uint8), rng.permutation(np.arange(count) % 10))
         for name, count in (("train", 50_000), ("test", 10_000))
     }
-    monkeypatch.setattr("datamodules.cifar10.read_cifar10", lambda root: splits)
+    monkeypatch.setattr("fedl2p.datamodules.cifar10.read_cifar10", lambda root: splits)
     data = CIFAR10DataModule(tmp_path, alpha=0.1)
     data._chosen_domains()
     started = time.perf_counter()
@@ -124,10 +124,10 @@ def test_batches_with_other_sums_are_not_unpickled(tmp_path: Path) -> None:
 
 def test_one_can_train_on_it(batches: Path, tmp_path: Path) -> None:
     options = {"root": str(batches), "seen_clients": 3, "unseen_clients": 1, "samples_per_client": 10}
-    assert "fedl2p" in run_one_round("datamodules.CIFAR10DataModule", options, tmp_path / "run", in_channels=3)
+    assert "fedl2p" in run_one_round("fedl2p.datamodules.CIFAR10DataModule", options, tmp_path / "run", in_channels=3)
 
 
 def test_one_can_train_on_the_real_images(shared_data: Callable[[str], Path], tmp_path: Path) -> None:
     options = {"root": str(shared_data("cifar10")), "seen_clients": 6, "unseen_clients": 2, "samples_per_client": 50}
-    methods = run_one_round("datamodules.CIFAR10DataModule", options, tmp_path / "run", in_channels=3)
+    methods = run_one_round("fedl2p.datamodules.CIFAR10DataModule", options, tmp_path / "run", in_channels=3)
     assert len(methods["fedl2p"]["seen"]["clients"]) == 6

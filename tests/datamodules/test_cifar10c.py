@@ -10,9 +10,9 @@ from one_round import run_one_round
 from tiny_data import cifar10 as tiny_cifar10
 from tiny_data import cifar10c as tiny
 
-from datamodules import CIFAR10CDataModule
-from datamodules.cifar10c import CORRUPTIONS
-from datamodules.corruptions.cifar10 import COMPUTED, corrupt
+from fedl2p.datamodules import CIFAR10CDataModule
+from fedl2p.datamodules.cifar10c import CORRUPTIONS
+from fedl2p.datamodules.corruptions.cifar10 import COMPUTED, corrupt
 from fedl2p.errors import DataError
 
 SMALL: dict[str, Any] = {"domains": tiny.NAMES, "clients_per_domain": 2, "unseen_clients_per_domain": 1}
@@ -133,7 +133,7 @@ def test_blur_keeps_what_does_not_vary_and_smears_in_one_direction() -> None:
 def test_one_can_train_on_it(tmp_path: Path) -> None:
     tiny.write(tmp_path / "c")
     options = {"root": str(tmp_path / "c"), **SMALL, "domains": list(tiny.NAMES)}
-    methods = run_one_round("datamodules.CIFAR10CDataModule", options, tmp_path / "run", in_channels=3)
+    methods = run_one_round("fedl2p.datamodules.CIFAR10CDataModule", options, tmp_path / "run", in_channels=3)
     assert "unseen" in methods["fedl2p"]
 
 
@@ -146,7 +146,7 @@ def test_one_can_train_on_computed_corruptions(tmp_path: Path) -> None:
         "domains": ["fog", "pixelate"],
         "clients_per_domain": 1,
     }
-    assert run_one_round("datamodules.CIFAR10CDataModule", options, tmp_path / "run", in_channels=3)
+    assert run_one_round("fedl2p.datamodules.CIFAR10CDataModule", options, tmp_path / "run", in_channels=3)
 
 
 def test_one_can_train_on_the_real_images(shared_data: Callable[[str], Path], tmp_path: Path) -> None:
@@ -157,4 +157,4 @@ def test_one_can_train_on_the_real_images(shared_data: Callable[[str], Path], tm
         "clients_per_domain": 2,
         "client_size": 60,
     }
-    assert run_one_round("datamodules.CIFAR10CDataModule", options, tmp_path / "run", in_channels=3)
+    assert run_one_round("fedl2p.datamodules.CIFAR10CDataModule", options, tmp_path / "run", in_channels=3)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from datamodules import ClientData, DigitsDataModule
-from datamodules.digits import DOMAINS, _load
+from fedl2p.datamodules import ClientData, DigitsDataModule
+from fedl2p.datamodules.digits import DOMAINS, _load
 from fedl2p.errors import DataError
 
 ROLES = ("train", "val", "test")

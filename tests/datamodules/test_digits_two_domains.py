@@ -10,8 +10,8 @@ import torch
 from one_round import run_one_round
 from tiny_data import digits_two_domains
 
-from datamodules import DigitsTwoDomainsDataModule
-from datamodules.base.arrays import ArrayDataset, labels_of
+from fedl2p.datamodules import DigitsTwoDomainsDataModule
+from fedl2p.datamodules.base.arrays import ArrayDataset, labels_of
 from fedl2p.errors import DataError
 
 SMALL: dict[str, Any] = {
@@ -158,7 +158,7 @@ def test_wrong_arguments_are_named(npz: Path) -> None:
 
 def test_a_round_of_training(folder: Path, tmp_path: Path) -> None:
     arguments = {"root": str(folder), "image_size": 16, **SMALL}
-    methods = run_one_round("datamodules.DigitsTwoDomainsDataModule", arguments, tmp_path / "run")
+    methods = run_one_round("fedl2p.datamodules.DigitsTwoDomainsDataModule", arguments, tmp_path / "run")
     assert len(methods["fedl2p"]["seen"]["clients"]) == 4 and len(methods["fedl2p"]["unseen"]["clients"]) == 2
 
 
@@ -168,4 +168,4 @@ def test_the_real_digits(shared_data: Callable[[str], Path], tmp_path: Path) -> 
     assert sum(row["train"] + row["val"] + row["test"] for row in whole.describe()) > 19_200  # type: ignore[misc]
     assert len(DigitsTwoDomainsDataModule(root).clients) == 110
     arguments = {"root": str(root), "image_size": 16, **SMALL}
-    assert run_one_round("datamodules.DigitsTwoDomainsDataModule", arguments, tmp_path / "run")["fedl2p"]
+    assert run_one_round("fedl2p.datamodules.DigitsTwoDomainsDataModule", arguments, tmp_path / "run")["fedl2p"]

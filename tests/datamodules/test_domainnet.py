@@ -8,9 +8,9 @@ import pytest
 from one_round import run_one_round
 from tiny_data import domainnet
 
-from datamodules import DomainNetDataModule
-from datamodules.base.arrays import labels_of
-from datamodules.domainnet import CLASSES, DOMAINS
+from fedl2p.datamodules import DomainNetDataModule
+from fedl2p.datamodules.base.arrays import labels_of
+from fedl2p.datamodules.domainnet import CLASSES, DOMAINS
 from fedl2p.errors import DataError
 
 
@@ -128,5 +128,5 @@ def test_wrong_arguments_are_named(wrong: dict[str, Any], message: str) -> None:
 
 def test_a_round_of_training(folder: Path, tmp_path: Path) -> None:
     arguments = {"root": str(folder), "image_size": 8, "clients_per_domain": 1}
-    methods = run_one_round("datamodules.DomainNetDataModule", arguments, tmp_path / "run", in_channels=3)
+    methods = run_one_round("fedl2p.datamodules.DomainNetDataModule", arguments, tmp_path / "run", in_channels=3)
     assert len(methods["fedl2p"]["seen"]["clients"]) == 6

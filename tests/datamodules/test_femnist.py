@@ -9,8 +9,8 @@ import pytest
 from one_round import run_one_round
 from tiny_data import femnist as tiny
 
-from datamodules import FEMNISTDataModule
-from datamodules.base.arrays import labels_of
+from fedl2p.datamodules import FEMNISTDataModule
+from fedl2p.datamodules.base.arrays import labels_of
 from fedl2p.errors import DataError
 
 
@@ -82,6 +82,6 @@ def test_images_with_other_names_are_named(tmp_path: Path, name: str) -> None:
 def test_one_can_train_on_it(tmp_path: Path) -> None:
     tiny.write(tmp_path / "data")
     options = {"root": str(tmp_path / "data"), "seen_clients": 3, "unseen_clients": 1, "min_samples": 10}
-    methods = run_one_round("datamodules.FEMNISTDataModule", options, tmp_path / "run", num_classes=62)
+    methods = run_one_round("fedl2p.datamodules.FEMNISTDataModule", options, tmp_path / "run", num_classes=62)
     assert len(methods["fedl2p"]["seen"]["clients"]) == 3
     assert np.isfinite(methods["fedl2p"]["unseen"]["loss"]["mean"])

@@ -11,9 +11,9 @@ from one_round import run_one_round
 from tiny_data import image_folder
 from tiny_data.images import write_image
 
-from datamodules import ImageFolderDataModule
-from datamodules.base.arrays import labels_of
-from datamodules.io.images import read_images
+from fedl2p.datamodules import ImageFolderDataModule
+from fedl2p.datamodules.base.arrays import labels_of
+from fedl2p.datamodules.io.images import read_images
 from fedl2p.errors import DataError
 
 IMAGENET = (torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225]))
@@ -142,6 +142,6 @@ def test_a_round_of_training(folder: Path, tmp_path: Path) -> None:
     arguments = {"root": str(folder), "image_size": 8, "clients_per_domain": 2, "unseen_clients_per_domain": 1}
     arguments |= {"augment": True, "alpha": 1.0}
     methods = run_one_round(
-        "datamodules.ImageFolderDataModule", arguments, tmp_path / "run", in_channels=3, num_classes=3
+        "fedl2p.datamodules.ImageFolderDataModule", arguments, tmp_path / "run", in_channels=3, num_classes=3
     )
     assert len(methods["fedl2p"]["seen"]["clients"]) == 4 and len(methods["fedl2p"]["unseen"]["clients"]) == 2

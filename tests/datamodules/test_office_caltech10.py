@@ -11,9 +11,9 @@ from one_round import run_one_round
 from tiny_data import office_caltech10
 from tiny_data.images import write_image
 
-from datamodules import OfficeCaltech10DataModule
-from datamodules.base.arrays import labels_of
-from datamodules.office_caltech10 import CLASSES
+from fedl2p.datamodules import OfficeCaltech10DataModule
+from fedl2p.datamodules.base.arrays import labels_of
+from fedl2p.datamodules.office_caltech10 import CLASSES
 from fedl2p.errors import DataError
 
 OFFICE31 = {"backpack": "back_pack", "laptop": "laptop_computer"}
@@ -122,7 +122,7 @@ def test_wrong_arguments_are_named(wrong: dict[str, Any], message: str) -> None:
 
 def test_a_round_of_training(folder: Path, tmp_path: Path) -> None:
     arguments = {"root": str(folder), "image_size": 8}
-    methods = run_one_round("datamodules.OfficeCaltech10DataModule", arguments, tmp_path / "run", in_channels=3)
+    methods = run_one_round("fedl2p.datamodules.OfficeCaltech10DataModule", arguments, tmp_path / "run", in_channels=3)
     assert len(methods["fedl2p"]["seen"]["clients"]) == 4 and "unseen" not in methods["fedl2p"]
 
 
@@ -134,4 +134,6 @@ def test_the_real_images(shared_data: Callable[[str], Path], tmp_path: Path) -> 
     assert {(row["train"], row["val"], row["test"]) for row in module.describe()} == {(101, 25, 31)}
     assert sizes(OfficeCaltech10DataModule(root, image_size=8, equal_domains=False)) == [958, 1123, 157, 295]
     arguments = {"root": str(root), "image_size": 32, "client_size": 40}
-    assert run_one_round("datamodules.OfficeCaltech10DataModule", arguments, tmp_path / "run", in_channels=3)["fedl2p"]
+    assert run_one_round("fedl2p.datamodules.OfficeCaltech10DataModule", arguments, tmp_path / "run", in_channels=3)[
+        "fedl2p"
+    ]

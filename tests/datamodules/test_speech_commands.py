@@ -13,9 +13,10 @@ import torch
 from one_round import run_one_round
 from tiny_data import speech_commands as tiny
 
-from datamodules import SpeechCommandsDataModule, mfcc, speech_commands
-from datamodules.base.arrays import labels_of
-from datamodules.speech_commands import CLASSES
+from fedl2p.datamodules import SpeechCommandsDataModule, speech_commands
+from fedl2p.datamodules.base.arrays import labels_of
+from fedl2p.datamodules.io import mfcc
+from fedl2p.datamodules.speech_commands import CLASSES
 from fedl2p.errors import DataError
 
 SILENCE, UNKNOWN = CLASSES.index("_silence_"), CLASSES.index("_unknown_")
@@ -173,7 +174,7 @@ def test_impossible_fractions_are_refused(tmp_path: Path, name: str, value: floa
 
 def test_one_can_train_on_it(archive: Path, tmp_path: Path) -> None:
     options = {"root": str(archive), "seen_clients": 3, "unseen_clients": 1}
-    methods = run_one_round("datamodules.SpeechCommandsDataModule", options, tmp_path / "run", num_classes=12)
+    methods = run_one_round("fedl2p.datamodules.SpeechCommandsDataModule", options, tmp_path / "run", num_classes=12)
     assert len(methods["fedl2p"]["seen"]["clients"]) == 3
 
 
@@ -191,5 +192,5 @@ def test_one_can_train_on_the_real_test_archive(shared_data: Callable[[str], Pat
     assert time.perf_counter() - started < 5
     inputs = torch.stack([x for client in data.clients for x, _ in client.train])
     assert abs(float(inputs.mean())) < 0.3 and 0.7 < float(inputs.std()) < 1.3
-    methods = run_one_round("datamodules.SpeechCommandsDataModule", options, tmp_path / "run", num_classes=12)
+    methods = run_one_round("fedl2p.datamodules.SpeechCommandsDataModule", options, tmp_path / "run", num_classes=12)
     assert len(methods["fedl2p"]["unseen"]["clients"]) == 5

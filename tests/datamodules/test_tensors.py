@@ -11,8 +11,8 @@ from one_round import run_one_round
 from safetensors.torch import save_file
 from tiny_data import tensors
 
-from datamodules import ClientData, TensorsDataModule
-from datamodules.base.arrays import labels_of
+from fedl2p.datamodules import ClientData, TensorsDataModule
+from fedl2p.datamodules.base.arrays import labels_of
 from fedl2p.errors import DataError
 
 ROLES = ("train", "val", "test")
@@ -250,5 +250,5 @@ def test_a_missing_column_is_named() -> None:
 
 def test_a_round_of_training(tmp_path: Path) -> None:
     arguments = {"path": str(write(tmp_path / "mine.npz", tensors.columns()))}
-    methods = run_one_round("datamodules.TensorsDataModule", arguments, tmp_path / "run", num_classes=3)
+    methods = run_one_round("fedl2p.datamodules.TensorsDataModule", arguments, tmp_path / "run", num_classes=3)
     assert len(methods["fedl2p"]["seen"]["clients"]) == 4 and len(methods["fedl2p"]["unseen"]["clients"]) == 2

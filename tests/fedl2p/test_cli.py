@@ -97,7 +97,7 @@ def test_the_module_runs_as_a_program() -> None:
         ("data.init_args.alpha=0", ["alpha is 0", "positive"]),
         ("data.init_args.foo=1", ["'data.init_args.foo'", "seen_clients"]),
         ("data.class_path=nowhere.Data", ["data.class_path 'nowhere.Data'", "nowhere"]),
-        ("data.class_path=datamodules.Nothing", ["data.class_path", "Nothing"]),
+        ("data.class_path=fedl2p.datamodules.Nothing", ["data.class_path", "Nothing"]),
         ("data.class_path=Digits", ["data.class_path", "package.module.Name"]),
         ("data.class_path=os.path.sep", ["data.class_path", "a class or function"]),
         ("data.class_path=os.path.join", ["data.init_args", "missing 1 required", "'a'"]),

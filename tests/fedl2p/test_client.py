@@ -13,7 +13,6 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from datamodules.base.federated import ClientData, ClientDataModule
 from fedl2p.client import FedL2PClient, inner_batches, limited
 from fedl2p.core.batchnorm import convert_batchnorm
 from fedl2p.core.finetune import InnerState, finetune, initial_running
@@ -23,6 +22,7 @@ from fedl2p.core.hypergradients.base import Hypergradient, MetaProblem
 from fedl2p.core.meta_nets import MetaNets
 from fedl2p.core.meta_step import ClientInputs, evaluate, meta_step
 from fedl2p.core.statistics import ClientStatistics, collect_statistics
+from fedl2p.datamodules.base.federated import ClientData, ClientDataModule
 from fedl2p.errors import ConfigError, DataError, ModelError
 from fedl2p.experiment.methods import FixedRecipe
 

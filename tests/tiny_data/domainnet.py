@@ -9,7 +9,7 @@ from typing import Any
 
 from tiny_data.images import write_image
 
-from datamodules.domainnet import CLASSES, DOMAINS
+from fedl2p.datamodules.domainnet import CLASSES, DOMAINS
 
 PUBLISHED = ("aircraft_carrier", *CLASSES)
 

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from datamodules import ClientData
-from datamodules.base.arrays import ArrayDataset
-from datamodules.base.domains import Domain, DomainsDataModule, Samples
+from fedl2p.datamodules import ClientData
+from fedl2p.datamodules.base.arrays import ArrayDataset
+from fedl2p.datamodules.base.domains import Domain, DomainsDataModule, Samples
 from fedl2p.errors import DataError
 
 ROLES = ("train", "val", "test")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from datamodules import POOLS, ClientData, ClientDataModule, FederatedDataModule
+from fedl2p.datamodules import POOLS, ClientData, ClientDataModule, FederatedDataModule
 from fedl2p.errors import DataError
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datamodules.base.partition import (
+from fedl2p.datamodules.base.partition import (
     dirichlet_partition,
     label_proportions,
     partition_by_proportions,

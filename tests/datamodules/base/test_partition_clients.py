@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datamodules.base.partition import client_roles, dirichlet_clients
+from fedl2p.datamodules.base.partition import client_roles, dirichlet_clients
 from fedl2p.errors import DataError
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from datamodules.base.arrays import labels_of
-from datamodules.base.domains import Samples
-from datamodules.base.people import People, PeopleDataModule
+from fedl2p.datamodules.base.arrays import labels_of
+from fedl2p.datamodules.base.domains import Samples
+from fedl2p.datamodules.base.people import People, PeopleDataModule
 from fedl2p.errors import DataError
 
 COUNTS = {"ann": 40, "ben": 30, "cat": 20, "dan": 12, "eve": 12, "fay": 12, "gil": 4}

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from datamodules.corruptions.digits import CORRUPTIONS
-from datamodules.digits import _load
+from fedl2p.datamodules.corruptions.digits import CORRUPTIONS
+from fedl2p.datamodules.digits import _load
 from fedl2p.errors import DataError
 
 KINDS = ("noise", "blur", "contrast", "brightness", "rotation", "inversion")

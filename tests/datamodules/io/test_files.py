@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from datamodules.io.files import ENVIRONMENT, data_folder, download, missing_data, with_bar
+from fedl2p.datamodules.io.files import ENVIRONMENT, data_folder, download, missing_data, with_bar
 from fedl2p.errors import DataError
 
 CONTENT = bytes(range(256)) * 40_000  # 10 MB

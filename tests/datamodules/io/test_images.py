@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from datamodules import images
-from datamodules.io.images import flip_and_rotate, image_files, read_images
+from fedl2p.datamodules.io import images
+from fedl2p.datamodules.io.images import flip_and_rotate, image_files, read_images
 from fedl2p.errors import DataError
 
 

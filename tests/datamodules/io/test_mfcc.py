@@ -8,7 +8,7 @@ import pytest
 import scipy.fft
 import soundfile
 
-from datamodules.io.mfcc import Clip, cached_mfcc, wave_seconds
+from fedl2p.datamodules.io.mfcc import Clip, cached_mfcc, wave_seconds
 from fedl2p.errors import DataError
 
 

@@ -16,10 +16,10 @@ from torch.autograd import gradcheck, gradgradcheck
 from torchvision.ops import StochasticDepth
 
 import fedl2p.core.hypergradients  # noqa: F401  (prepares forward mode)
-from datamodules.base.federated import FederatedDataModule
 from fedl2p.core.batchnorm import MixedBatchNorm2d, batchnorm_names, convert_batchnorm
 from fedl2p.core.functional import FunctionalModel
 from fedl2p.core.layer_replacements import substitute
+from fedl2p.datamodules.base.federated import FederatedDataModule
 from fedl2p.experiment.build import build_model, check_model
 from fedl2p.experiment.config import ComponentConfig, Config
 

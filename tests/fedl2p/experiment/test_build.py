@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 import fedl2p
-from datamodules import DigitsDataModule
-from datamodules.base.federated import FederatedDataModule
 from fedl2p.core.hypergradients import FOMAML, IFT, Unrolled
+from fedl2p.datamodules import DigitsDataModule
+from fedl2p.datamodules.base.federated import FederatedDataModule
 from fedl2p.errors import ConfigError, DataError
 from fedl2p.experiment.build import (
     build_autocast,
@@ -45,18 +45,18 @@ def config(*overrides: str) -> Config:
 
 
 def test_classes_are_found_by_their_path() -> None:
-    assert import_object("datamodules.DigitsDataModule", "data.class_path") is DigitsDataModule
+    assert import_object("fedl2p.datamodules.DigitsDataModule", "data.class_path") is DigitsDataModule
     assert import_object("torch.nn.Linear", "model.class_path") is nn.Linear
 
 
-@pytest.mark.parametrize("path", ["", "Digits", "nowhere.Digits", "datamodules.Nothing", "os.path.sep"])
+@pytest.mark.parametrize("path", ["", "Digits", "nowhere.Digits", "fedl2p.datamodules.Nothing", "os.path.sep"])
 def test_a_path_that_leads_to_no_class_or_function_names_its_key(path: str) -> None:
     with pytest.raises(ConfigError, match=r"^data\.class_path"):
         import_object(path, "data.class_path")
 
 
 def test_an_abstract_class_is_refused() -> None:
-    component = ComponentConfig("datamodules.base.federated.FederatedDataModule", {})
+    component = ComponentConfig("fedl2p.datamodules.base.federated.FederatedDataModule", {})
     with pytest.raises(ConfigError, match=r"data\.init_args: .*abstract"):
         instantiate(component, "data", kind=FederatedDataModule)
 

@@ -13,7 +13,7 @@ from fedl2p.experiment.config import Config, load_config, to_yaml, trainer_only
 ROOT = Path(fedl2p.__file__).parents[1]
 BASE = """
 output_dir: somewhere
-data: {class_path: datamodules.DigitsDataModule, init_args: {seed: "${seed}", alpha: 0.5}}
+data: {class_path: fedl2p.datamodules.DigitsDataModule, init_args: {seed: "${seed}", alpha: 0.5}}
 model: {class_path: fedl2p.models.SmallConvNet}
 """
 

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch.utils.data import TensorDataset
 
-from datamodules import ClientData, DigitsDataModule, FederatedDataModule
 from fedl2p.cli import main
+from fedl2p.datamodules import ClientData, DigitsDataModule, FederatedDataModule
 from fedl2p.errors import DataError
 from fedl2p.experiment.inspect_data import class_names, read_split
 

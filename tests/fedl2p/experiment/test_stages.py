@@ -320,7 +320,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from datamodules import ClientData, FederatedDataModule
+from fedl2p.datamodules import ClientData, FederatedDataModule
 
 
 class MyData(FederatedDataModule):

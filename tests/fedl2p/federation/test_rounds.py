@@ -11,10 +11,10 @@ from core_cases import ConvNet, seeded
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from datamodules.base.federated import ClientData, FederatedDataModule
 from fedl2p.core.batchnorm import convert_batchnorm
 from fedl2p.core.hypergradients import Unrolled
 from fedl2p.core.meta_nets import MetaNets
+from fedl2p.datamodules.base.federated import ClientData, FederatedDataModule
 from fedl2p.errors import ConfigError, FederationError
 from fedl2p.federation.checkpoint import load_state, save_state
 from fedl2p.federation.client_app import make_client_app, make_cohort_handlers

@@ -14,9 +14,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from datamodules.base.federated import ClientData, FederatedDataModule
 from fedl2p.core.batchnorm import batchnorm_names, convert_batchnorm
 from fedl2p.core.statistics import learnable_layer_names
+from fedl2p.datamodules.base.federated import ClientData, FederatedDataModule
 from fedl2p.errors import ConfigError, ModelError
 from fedl2p.experiment.config import load_config
 from fedl2p.experiment.stages import Experiment

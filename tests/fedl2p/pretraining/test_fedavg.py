@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from datamodules.base.federated import ClientData, FederatedDataModule
+from fedl2p.datamodules.base.federated import ClientData, FederatedDataModule
 from fedl2p.errors import ConfigError, FederationError
 from fedl2p.federation.local import LocalGrid, flower_run
 from fedl2p.pretraining.fedavg import LocalTraining, make_pretrain_app, pretrain
