@@ -187,6 +187,15 @@ def evaluate(
     return outputs, model.loss_fn(outputs, targets), model.val_loss_fn(outputs, targets)
 
 
-def to_device(batches: Sequence[Batch], device: torch.device | str) -> list[Batch]:
-    """The batches with all their tensors on a device."""
-    return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), list(batches))
+def to_model(batches: Sequence[Batch], model: FunctionalModel) -> list[Batch]:
+    """The batches on the model's device, with its floating-point type."""
+    reference = next(model.module.parameters(), torch.zeros(()))
+
+    def place(tensor: Tensor) -> Tensor:
+        return tensor.to(reference) if tensor.is_floating_point() else tensor.to(reference.device)
+
+    def placed(batch: Batch) -> Batch:
+        inputs, targets = batch
+        return pytree.tree_map_only(Tensor, place, inputs), pytree.tree_map_only(Tensor, place, targets)
+
+    return [placed(batch) for batch in batches]

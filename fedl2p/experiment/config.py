@@ -7,12 +7,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
+from fedl2p.core.settings import LearnerSettings
 from fedl2p.errors import ConfigError
 
 
@@ -38,27 +40,26 @@ class PretrainingConfig:
     momentum: float = 0.9
 
 
-@dataclass
-class MetaLearningRates:
-    """zeta, a rate for each part of lambda."""
+class ValidationLoss(StrEnum):
+    """What the nets lower."""
 
-    bn_net: float = 1e-3
-    lr_net: float = 1e-3
-    base_lr: float = 1e-4
+    cross_entropy = "cross_entropy"
+    expected_error = "expected_error"
 
 
-@dataclass
-class ClientConfig:
-    """The client's side of Algorithm 1."""
+@dataclass(frozen=True)
+class ClientConfig(LearnerSettings):
+    """The client's side of Algorithm 1.
 
-    finetune_epochs: int = 15
-    meta_iterations: int = 3
-    meta_lr: MetaLearningRates = field(default_factory=MetaLearningRates)
-    clip_value: float = 1.0
-    running_start: str = "measured"
-    evaluation_statistics: str = "running"
-    validation_loss: str = "cross_entropy"
-    compile: bool = False  # inner steps of clients that go one by one; a minute or more a shape; not faster on a CPU
+    Attributes:
+        validation_loss: what the nets lower and everything is selected by: `cross_entropy`, or `expected_error`, the
+            mean probability of a wrong answer.
+        compile: whether inner steps of clients that go one by one are compiled by torch: a minute or more a shape, and
+            not faster on a CPU.
+    """
+
+    validation_loss: ValidationLoss = ValidationLoss.cross_entropy
+    compile: bool = False
 
 
 @dataclass
@@ -157,7 +158,7 @@ def load_config(arguments: Sequence[str]) -> Config:
     OmegaConf.register_resolver("now", lambda form: datetime.now().strftime(form), use_cache=True, replace=True)
     if all(_is_override(argument) for argument in arguments):
         raise ConfigError("No configuration file is given; name one, for example configs/digits.yaml.")
-    merged = OmegaConf.structured(Config)
+    merged = _schema()
     for argument in arguments:
         part = _override(argument) if _is_override(argument) else _file(argument)
         _drop_old_arguments(merged, part)
@@ -166,6 +167,14 @@ def load_config(arguments: Sequence[str]) -> Config:
         except OmegaConfBaseException as error:
             raise ConfigError(_explain(error, argument)) from None
     return check(_resolved(merged))
+
+
+def _schema() -> Any:
+    """The keys and their defaults; sections of frozen dataclasses may be written until they are made."""
+    schema = OmegaConf.structured(Config)
+    OmegaConf.set_readonly(schema.client, False)
+    OmegaConf.set_readonly(schema.client.meta_lr, False)
+    return schema
 
 
 def _is_override(argument: str) -> bool:
@@ -206,11 +215,18 @@ def _resolved(merged: Any) -> Config:
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
             raise ConfigError(f"The key '{missing[0]}' has no value; set it in the file or as {missing[0]}=...")
-        config = OmegaConf.to_object(merged)
+        # Section by section, since a section that checks itself does not know its own name.
+        return Config(**{str(name): _section(merged, str(name)) for name in merged})
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error, "the configuration")) from None
-    assert isinstance(config, Config)
-    return config
+
+
+def _section(merged: Any, name: str) -> Any:
+    section = merged[name]
+    try:
+        return OmegaConf.to_object(section) if OmegaConf.is_config(section) else section
+    except ConfigError as error:
+        raise ConfigError(f"{name}.{error}") from None
 
 
 def _explain(error: OmegaConfBaseException, source: str) -> str:
@@ -222,7 +238,7 @@ def _explain(error: OmegaConfBaseException, source: str) -> str:
     if "not in" in message or "Key" in type(error).__name__ or "Attribute" in type(error).__name__:
         known = ", ".join(_siblings(str(key)))
         return f"Unknown key '{key}' in {source}; known there are {known}."
-    return f"The key '{key}' in {source} has a value of the wrong type: {message}"
+    return f"The key '{key}' in {source} has a value that cannot be: {message}"
 
 
 def _siblings(key: str) -> list[str]:
@@ -258,9 +274,10 @@ def check(config: Config) -> Config:
 
     at_least("seed", config.seed, 0)
     at_least("threads", 1 if config.threads is None else config.threads, 1)
-    federation, client, pretraining = config.federation, config.client, config.pretraining
+    federation, pretraining = config.federation, config.pretraining
     at_least("federation.rounds", federation.rounds, 0)
     at_least("federation.patience", federation.patience, 1)
+    one_of("trainer.precision", str(config.trainer.get("precision", "32")), PRECISIONS)
     cohort_size, beyond = federation.cohort_size, trainer_only(config.trainer)
     number = isinstance(cohort_size, int) and not isinstance(cohort_size, bool) and cohort_size >= 1
     require(number or cohort_size == "auto", "federation.cohort_size", cohort_size, "'auto', or 1 or more")
@@ -278,14 +295,6 @@ def check(config: Config) -> Config:
     require(federation.ray.num_cpus > 0, "federation.ray.num_cpus", federation.ray.num_cpus, "above 0")
     at_least("federation.ray.num_gpus", federation.ray.num_gpus, 0)
     one_of("federation.meta_lr_decay", federation.meta_lr_decay, ["none", "cosine"])
-    at_least("client.finetune_epochs", client.finetune_epochs, 1)
-    at_least("client.meta_iterations", client.meta_iterations, 1)
-    require(0 < client.clip_value < math.inf, "client.clip_value", client.clip_value, "above 0")
-    one_of("client.running_start", client.running_start, ["measured", "zero_one"])
-    one_of("client.evaluation_statistics", client.evaluation_statistics, ["running", "batch"])
-    one_of("client.validation_loss", client.validation_loss, ["cross_entropy", "expected_error"])
-    for group, rate in vars(client.meta_lr).items():
-        at_least(f"client.meta_lr.{group}", rate, 0)
     one_of("hypergradient.name", config.hypergradient.name, ["unrolled", "fomaml", "ift"])
     one_of("meta_nets.initialization", config.meta_nets.initialization, ["paper", "responsive"])
     beta, base_lr = config.meta_nets.initial_beta, config.meta_nets.base_lr
@@ -308,18 +317,17 @@ def check(config: Config) -> Config:
     return config
 
 
-COHORT_PRECISIONS = {"32": None, "32-true": None, "bf16-mixed": "bfloat16", "16-mixed": "float16"}
-"""The values of `trainer.precision` that cohorts follow themselves, and the type of their autocast."""
+PRECISIONS = ("32", "32-true", "64", "64-true", "bf16-mixed", "16-mixed")
+"""The values of `trainer.precision` in a federation."""
 
 
 def trainer_only(trainer: dict[str, Any]) -> list[str]:
-    """The keys of `trainer` that only a Lightning Trainer follows, so that clients cannot go in cohorts."""
-    devices, precision = trainer.get("devices", 1), str(trainer.get("precision", "32"))
-    followed = {"accelerator"}
+    """The keys of `trainer` that only a Lightning Trainer follows, so that each client needs one."""
+    devices = trainer.get("devices", 1)
+    followed = {"accelerator", "precision"}
     followed |= (
         {"devices"} if devices in (1, "1", "auto") or (isinstance(devices, list) and len(devices) == 1) else set()
     )
-    followed |= {"precision"} if precision in COHORT_PRECISIONS else set()
     return [key for key in trainer if not key.startswith("limit_") and key not in followed]
 
 
@@ -330,6 +338,4 @@ def to_yaml(config: Config) -> str:
 
 def from_yaml(text: str) -> Config:
     """What `to_yaml` made of a configuration, again."""
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(text)))
-    assert isinstance(config, Config)
-    return config
+    return _resolved(OmegaConf.merge(_schema(), OmegaConf.create(text)))

@@ -14,10 +14,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from fedl2p.callbacks import MetricsFile, RoundProgress
-from fedl2p.core.cohort import Evaluation
-from fedl2p.core.finetune import EvaluationStatistics
 from fedl2p.core.functional import Tensors
+from fedl2p.core.learner import Evaluation
 from fedl2p.core.meta_nets import Hyperparameters
+from fedl2p.core.settings import BatchNormMode
 from fedl2p.errors import ConfigError, ModelError
 from fedl2p.experiment.build import (
     GLOBAL_MODEL,
@@ -157,12 +157,10 @@ class Experiment:
         with self._bar("Tuning the baselines", len(FINE_TUNING) * len(rates)) as advance:
             for name, method in FINE_TUNING.items():
 
-                def loss_of(
-                    rate: float, beta: float = method.beta, statistics: EvaluationStatistics = method.statistics
-                ) -> float:
+                def loss_of(rate: float, beta: float = method.beta, bn_mode: BatchNormMode = method.bn_mode) -> float:
                     recipe = FixedRecipe.fitting(self.runtime.model, beta=beta, rate=rate)
                     recipes = [recipe(self.runtime.statistics(client_id)) for client_id in seen]
-                    measured = self.runtime.evaluate(recipes, seen, statistics=statistics)
+                    measured = self.runtime.evaluate(recipes, seen, bn_mode=bn_mode)
                     advance()
                     return self._weighted_loss(measured, seen)
 
@@ -222,7 +220,7 @@ class Experiment:
                 save=lambda current: save_state(self.folder.checkpoints, current),
             )
 
-        together = None if self.runtime.through_trainer else make_cohort_handlers(self.runtime)
+        together = make_cohort_handlers(self.runtime)
         app = make_client_app(self.runtime)
         self._on_grid(work, lambda: LocalGrid(app, seen, cohort_handlers=together))
         self._save_policy(state.best_lambda)
@@ -291,13 +289,13 @@ class Experiment:
                 return result
 
             nothing = self._fixed(0.0, 0.0)
-            methods["global"] = measure("Global model", nothing, finetune=False, statistics="running")
+            methods["global"] = measure("Global model", nothing, finetune=False, bn_mode=BatchNormMode.running)
             for name, method in FINE_TUNING.items():
                 chosen = self.rates[name]
                 methods[name] = measure(
                     method.label,
                     self._fixed(method.beta, chosen["rate"]),
-                    statistics=method.statistics,
+                    bn_mode=method.bn_mode,
                     settings=chosen,
                 )
             if self.local_lambdas:
