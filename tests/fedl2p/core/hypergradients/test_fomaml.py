@@ -35,9 +35,7 @@ def test_eta_part_equals_finite_differences_of_the_last_step_with_its_gradient_c
 def test_beta_part_equals_finite_differences_of_the_validation_loss_at_the_fine_tuned_state() -> None:
     case = conv_case()
     tuned = case.tune(history=1)
-    expected = central_differences(
-        lambda beta: evaluation_loss(case.model, tuned.final, beta, case.val), case.beta
-    )
+    expected = central_differences(lambda beta: evaluation_loss(case.model, tuned.final, beta, case.val), case.beta)
     close(case.estimate(FOMAML(), tuned=tuned).beta, expected, 1e-7)
 
 

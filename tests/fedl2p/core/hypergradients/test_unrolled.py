@@ -36,7 +36,9 @@ def test_equals_finite_differences_with_betas_at_the_ends() -> None:
 
 def test_equals_finite_differences_from_the_zero_one_start() -> None:
     case = conv_case(momentum=None)
-    buffers = case.start.buffers | initial_running(case.model, case.start.buffers, case.statistics, start=RunningStart.zero_one)
+    buffers = case.start.buffers | initial_running(
+        case.model, case.start.buffers, case.statistics, start=RunningStart.zero_one
+    )
     assert_exact(case._replace(start=case.start._replace(buffers=buffers)))
 
 
