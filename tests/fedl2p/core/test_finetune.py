@@ -226,7 +226,7 @@ def test_an_unknown_start_and_statistics_of_another_model_are_errors() -> None:
     case = conv_case()
     _, buffers = case.model.tensors()
     with pytest.raises(ConfigError, match=r"'pretrained'.*'measured' and 'zero_one'"):
-        initial_running(case.model, buffers, case.statistics, start="pretrained")  # type: ignore[arg-type]  # what is tested
+        initial_running(case.model, buffers, case.statistics, start="pretrained")
     other = collect_statistics(nn.Linear(3, 2), [torch.randn(3, 3)])
     with pytest.raises(ModelError, match="another model"):
         initial_running(case.model, buffers, other)
