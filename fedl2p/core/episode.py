@@ -23,7 +23,8 @@ class Episode(NamedTuple):
         train_batches: one for each step of fine-tuning.
         val_batches: over which the validation loss is averaged.
         test_batches: empty where they are not needed.
-        loss_batch: the training batch on which `IFT` takes the training loss; None without training data.
+        loss_batch: the training batch on which `IFT` takes the training loss; empty without training data.
+            (Not None, which cannot be stacked.)
     """
 
     net_inputs: tuple[Tensor, Tensor, Tensor]
@@ -31,7 +32,7 @@ class Episode(NamedTuple):
     train_batches: Sequence[Batch]
     val_batches: Sequence[Batch]
     test_batches: Sequence[Batch] = ()
-    loss_batch: Batch | None = None
+    loss_batch: Batch | tuple[()] = ()
 
     @property
     def cohort_size(self) -> int | None:
@@ -71,7 +72,7 @@ def make_episode(
         train,
         list(val_batches),
         list(test_batches),
-        train[0] if train else None,
+        train[0] if train else (),
     )
 
 

@@ -94,7 +94,9 @@ class Learner:
         """
         device = next(leaf.device for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor))
         if device.type == "cpu" and self.cohort_size(inputs) == 1 and not isinstance(self.single, CompiledSteps):
-            self.model.module.to(memory_format=torch.channels_last)
+            for parameter in self.model.module.parameters():
+                if parameter.dim() == 4:
+                    parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
             self.origin = InnerState(*self.model.tensors())
             self.single = Autograd(fused_batchnorm=True)
 

@@ -82,7 +82,7 @@ class IFT(HypergradientEstimator):
         beta, eta = hyperparameters
         validation = validation_gradient(model, episode, tuned.final, beta, bn_mode)
         batch = episode.loss_batch
-        if batch is None:
+        if not batch:
             return Hypergradient(validation.beta, torch.zeros_like(eta), validation.loss)
         state, batch, beta = differentiation.prepare((tuned.final, batch, beta))
 
