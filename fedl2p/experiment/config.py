@@ -235,10 +235,13 @@ def _explain(error: OmegaConfBaseException, source: str) -> str:
     if isinstance(error, InterpolationResolutionError):
         return f"A ${{...}} in {source} cannot be resolved: {message}."
     key = getattr(error, "full_key", None) or getattr(error, "key", None) or source.partition("=")[0]
+    if "expected one of" in message:  # a word of a closed list
+        value, _, allowed = message.partition(", expected one of ")
+        return f"{key} is {value.removeprefix('Invalid value ')}; allowed is one of {allowed.strip('[]')}."
     if "not in" in message or "Key" in type(error).__name__ or "Attribute" in type(error).__name__:
         known = ", ".join(_siblings(str(key)))
         return f"Unknown key '{key}' in {source}; known there are {known}."
-    return f"The key '{key}' in {source} has a value that cannot be: {message}"
+    return f"The key '{key}' in {source} has a value of the wrong type: {message}"
 
 
 def _siblings(key: str) -> list[str]:
