@@ -1,4 +1,4 @@
-"""Who is asked, and how replies become one lambda, with replies made by hand."""
+"""The parts of a round: who is asked, and how replies become one lambda; with replies made by hand."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -6,15 +6,26 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import ConfigRecord, Context, Message
+from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from fedl2p.errors import ConfigError, FederationError
 from fedl2p.federation.client_app import add_identity_handler, error_reply
 from fedl2p.federation.local import LocalGrid, flower_run
-from fedl2p.federation.messages import META_EVALUATE, META_TRAIN, from_arrays, reply, to_arrays
-from fedl2p.federation.strategy import FedL2PStrategy, decayed
+from fedl2p.federation.messages import META_EVALUATE, META_TRAIN, from_arrays, reply
+from fedl2p.federation.participants import find_participants
+from fedl2p.federation.rounds import (
+    Federation,
+    RoundSettings,
+    Training,
+    Validation,
+    aggregate,
+    combine_losses,
+    decayed,
+    training_messages,
+    validation_messages,
+)
 
 LIKE = {"base_lr": torch.zeros(2), "scalar": torch.tensor(0.0)}
 SAMPLES = {10: 30, 20: 10, 30: 60, 40: 1}
@@ -53,20 +64,19 @@ class Backwards(LocalGrid):
         return list(super().pull_messages(message_ids))[::-1]
 
 
-def make_strategy(grid: LocalGrid | None = None, **options: Any) -> FedL2PStrategy:
-    settings: dict[str, Any] = {"like": LIKE, "names": NAMES, "client_fraction": 1.0, "seed": 1}
-    strategy = FedL2PStrategy(**(settings | options))
-    strategy.discover(grid if grid is not None else LocalGrid(describing_app(), SAMPLES))
-    return strategy
+def make_federation(
+    grid: LocalGrid | None = None, names: dict[int, str] = NAMES, initial: dict[str, Tensor] = LIKE, **options: Any
+) -> Federation:
+    return Federation(
+        settings=RoundSettings(**({"client_fraction": 1.0, "seed": 1} | options)),
+        participants=find_participants(LocalGrid(describing_app(), SAMPLES) if grid is None else grid, names),
+        initial=initial,
+        net_inputs={},
+    )
 
 
-def asked(strategy: FedL2PStrategy, number: int = 1) -> list[Message]:
-    grid = LocalGrid(describing_app(), SAMPLES)
-    return list(strategy.configure_train(number, to_arrays(LIKE), ConfigRecord(), grid))
-
-
-def client_of(strategy: FedL2PStrategy, message: Message) -> int:
-    nodes = {p.node_id: client_id for client_id, p in strategy.participants.items()}
+def client_of(federation: Federation, message: Message) -> int:
+    nodes = {p.node_id: p.client_id for p in federation.participants}
     return nodes[message.metadata.dst_node_id]
 
 
@@ -78,13 +88,11 @@ def answer(message: Message, value: float, *, loss: float = 1.0, skipped: int = 
     return reply(message, arrays=update(value), metrics={"num-samples": 1, "meta-loss": loss, "skipped-steps": skipped})
 
 
-def answers(
-    strategy: FedL2PStrategy, values: dict[int, float], losses: dict[int, float] | None = None
-) -> list[Message]:
+def answers(federation: Federation, values: dict[int, float], losses: dict[int, float] | None = None) -> list[Message]:
     """The replies of a full round; a client without a value raised."""
     replies = []
-    for message in asked(strategy):
-        client_id = client_of(strategy, message)
+    for message in training_messages(federation, LIKE, 1):
+        client_id = client_of(federation, message)
         if client_id in values:
             replies.append(answer(message, values[client_id], loss=(losses or {}).get(client_id, 1.0), skipped=1))
         else:
@@ -92,181 +100,175 @@ def answers(
     return replies
 
 
-def aggregated(strategy: FedL2PStrategy, replies: list[Message]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    arrays, metrics = strategy.aggregate_train(1, replies)
-    assert arrays is not None and metrics is not None
-    return from_arrays(arrays, LIKE), dict(metrics)
+def clients(training: Training) -> list[int]:
+    return [participant.client_id for participant in training.clients]
 
 
 # Averages
 
 
 def test_lambdas_are_weighted_by_training_samples_whatever_a_reply_says() -> None:
-    strategy = make_strategy()
-    mean, metrics = aggregated(strategy, answers(strategy, {10: 1.0, 20: 2.0, 30: 3.0, 40: 4.0}))
+    federation = make_federation()
+    training = aggregate(federation, 1, answers(federation, {10: 1.0, 20: 2.0, 30: 3.0, 40: 4.0}))
     expected = (30 * 1 + 10 * 2 + 60 * 3 + 1 * 4) / 101
-    torch.testing.assert_close(mean["base_lr"], torch.tensor([expected, -expected]))
-    torch.testing.assert_close(mean["scalar"], torch.tensor(10 * expected))
-    assert metrics["clients"] == [10, 20, 30, 40]
-    assert strategy.failures == {}
-    assert strategy.skipped_steps == 4
+    torch.testing.assert_close(training.lambda_["base_lr"], torch.tensor([expected, -expected]))
+    torch.testing.assert_close(training.lambda_["scalar"], torch.tensor(10 * expected))
+    assert clients(training) == [10, 20, 30, 40]
+    assert training.failures == {}
+    assert training.skipped_steps == 4
 
 
 def test_the_order_of_replies_changes_no_bit() -> None:
     values = {10: 0.1, 20: 1e7, 30: 0.3, 40: 1e-5}
-    strategy = make_strategy()
-    replies = answers(strategy, values)
-    there, back = aggregated(strategy, replies)[0], aggregated(strategy, replies[::-1])[0]
+    federation = make_federation()
+    replies = answers(federation, values)
+    there, back = (aggregate(federation, 1, order).lambda_ for order in (replies, replies[::-1]))
     assert all(torch.equal(there[name], back[name]) for name in LIKE)
 
 
 def test_a_client_that_raised_is_left_out_and_named() -> None:
-    strategy = make_strategy()
-    mean, metrics = aggregated(strategy, answers(strategy, {10: 1.0, 30: 3.0, 40: 4.0}))
+    federation = make_federation()
+    training = aggregate(federation, 1, answers(federation, {10: 1.0, 30: 3.0, 40: 4.0}))
     expected = (30 * 1 + 60 * 3 + 1 * 4) / 91
-    torch.testing.assert_close(mean["base_lr"][0], torch.tensor(expected))
-    assert strategy.failures == {"client-20": "ValueError: no"}
-    assert metrics["clients"] == [10, 30, 40]
+    torch.testing.assert_close(training.lambda_["base_lr"][0], torch.tensor(expected))
+    assert training.failures == {"client-20": "ValueError: no"}
+    assert clients(training) == [10, 30, 40]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_an_update_that_is_not_finite_is_left_out_and_named(bad: float) -> None:
-    strategy = make_strategy()
-    mean, metrics = aggregated(strategy, answers(strategy, {10: 1.0, 20: bad, 30: 3.0, 40: 4.0}))
-    torch.testing.assert_close(mean["base_lr"][0], torch.tensor((30 * 1 + 60 * 3 + 1 * 4) / 91))
-    assert strategy.failures == {"client-20": "the update of 'base_lr' is not finite"}
-    assert metrics["clients"] == [10, 30, 40]
+    federation = make_federation()
+    training = aggregate(federation, 1, answers(federation, {10: 1.0, 20: bad, 30: 3.0, 40: 4.0}))
+    torch.testing.assert_close(training.lambda_["base_lr"][0], torch.tensor((30 * 1 + 60 * 3 + 1 * 4) / 91))
+    assert training.failures == {"client-20": "the update of 'base_lr' is not finite"}
+    assert clients(training) == [10, 30, 40]
 
 
 def test_silence_is_a_failure() -> None:
-    strategy = make_strategy()
-    aggregated(strategy, answers(strategy, {10: 1.0, 20: 2.0, 30: 3.0, 40: 4.0})[1:])
-    assert strategy.failures == {"client-10": "no reply"}
+    federation = make_federation()
+    training = aggregate(federation, 1, answers(federation, {10: 1.0, 20: 2.0, 30: 3.0, 40: 4.0})[1:])
+    assert training.failures == {"client-10": "no reply"}
 
 
 def test_failures_of_a_round_are_forgotten_in_the_next() -> None:
-    strategy = make_strategy()
-    aggregated(strategy, answers(strategy, {10: 1.0, 30: 3.0}))
-    assert set(strategy.failures) == {"client-20", "client-40"}
-    asked(strategy)
-    assert strategy.failures == {}
+    federation = make_federation()
+    training = aggregate(federation, 1, answers(federation, {10: 1.0, 30: 3.0}))
+    assert set(training.failures) == {"client-20", "client-40"}
+    assert aggregate(federation, 1, answers(federation, dict.fromkeys(SAMPLES, 1.0))).failures == {}
 
 
 def test_the_meta_loss_is_weighted_and_leaves_out_what_is_not_finite() -> None:
-    strategy = make_strategy()
+    federation = make_federation()
     values = dict.fromkeys(SAMPLES, 1.0)
-    _, metrics = aggregated(strategy, answers(strategy, values, {10: 2.0, 20: math.nan, 30: 4.0, 40: math.inf}))
-    assert metrics["meta-loss"] == pytest.approx((30 * 2 + 60 * 4) / 90)
+    training = aggregate(federation, 1, answers(federation, values, {10: 2.0, 20: math.nan, 30: 4.0, 40: math.inf}))
+    assert training.meta_loss == pytest.approx((30 * 2 + 60 * 4) / 90)
 
 
 def test_too_few_good_replies_stop_the_run_with_the_reason() -> None:
-    strategy = make_strategy(min_reply_fraction=0.75)
-    aggregated(strategy, answers(strategy, {10: 1.0, 20: 2.0, 30: 3.0}))
+    federation = make_federation(min_reply_fraction=0.75)
+    aggregate(federation, 1, answers(federation, {10: 1.0, 20: 2.0, 30: 3.0}))
     with pytest.raises(FederationError) as caught:
-        aggregated(strategy, answers(strategy, {10: 1.0, 20: math.nan}))
+        aggregate(federation, 1, answers(federation, {10: 1.0, 20: math.nan}))
     for words in ("Round 1", "1 of 4", "3 are needed", "client-20", "is not finite", "min_reply_fraction 0.75"):
         assert words in str(caught.value)
 
 
 def test_no_good_reply_at_all_stops_the_run_whatever_the_fraction() -> None:
-    strategy = make_strategy(min_reply_fraction=0.01)
+    federation = make_federation(min_reply_fraction=0.01)
     with pytest.raises(FederationError, match="0 of 4"):
-        aggregated(strategy, answers(strategy, {}))
+        aggregate(federation, 1, answers(federation, {}))
 
 
 def test_a_client_that_answers_with_other_tensors_is_left_out_and_named() -> None:
-    strategy = make_strategy()
-    messages = asked(strategy)
+    federation = make_federation()
+    messages = training_messages(federation, LIKE, 1)
     replies = [answer(message, 1.0) for message in messages[1:]]
     replies.append(reply(messages[0], arrays={"base_lr": torch.zeros(5), "scalar": torch.tensor(0.0)}))
-    aggregated(strategy, replies)
-    assert set(strategy.failures) == {"client-10"}
+    training = aggregate(federation, 1, replies)
+    assert set(training.failures) == {"client-10"}
 
 
 # Validation
 
 
-def validated(strategy: FedL2PStrategy, losses: dict[int, float]) -> float:
-    grid = LocalGrid(describing_app(), SAMPLES)
+def validated(federation: Federation, losses: dict[int, float]) -> Validation:
     replies = []
-    for message in strategy.configure_evaluate(1, to_arrays(LIKE), ConfigRecord(), grid):
-        client_id = client_of(strategy, message)
+    for message in validation_messages(federation, LIKE, 1):
+        client_id = client_of(federation, message)
         if client_id in losses:
             replies.append(reply(message, metrics={"num-samples": 1, "val-loss": losses[client_id]}))
         else:
             replies.append(error_reply(message, ValueError("no")))
-    metrics = strategy.aggregate_evaluate(1, replies)
-    assert metrics is not None
-    loss = metrics["val-loss"]
-    assert isinstance(loss, float)
-    return loss
+    return combine_losses(federation, 1, replies)
 
 
 def test_the_validation_loss_is_weighted_by_training_samples() -> None:
-    loss = validated(make_strategy(), {10: 1.0, 20: 2.0, 30: 3.0, 40: 4.0})
+    loss = validated(make_federation(), {10: 1.0, 20: 2.0, 30: 3.0, 40: 4.0}).loss
     assert loss == pytest.approx((30 * 1 + 10 * 2 + 60 * 3 + 1 * 4) / 101)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_one_loss_that_is_not_finite_makes_the_round_infinitely_bad(bad: float) -> None:
-    assert validated(make_strategy(), {10: 1.0, 20: bad, 30: 3.0, 40: 4.0}) == math.inf
+    assert validated(make_federation(), {10: 1.0, 20: bad, 30: 3.0, 40: 4.0}).loss == math.inf
 
 
 def test_a_validation_client_that_raised_is_left_out_and_named() -> None:
-    strategy = make_strategy()
-    assert validated(strategy, {10: 1.0, 30: 3.0, 40: 4.0}) == pytest.approx((30 + 60 * 3 + 4) / 91)
-    assert strategy.failures == {"client-20": "ValueError: no"}
+    validation = validated(make_federation(), {10: 1.0, 30: 3.0, 40: 4.0})
+    assert validation.loss == pytest.approx((30 + 60 * 3 + 4) / 91)
+    assert validation.failures == {"client-20": "ValueError: no"}
 
 
 def test_too_few_validation_replies_stop_the_run() -> None:
     with pytest.raises(FederationError, match="1 of 4"):
-        validated(make_strategy(), {10: 1.0})
+        validated(make_federation(), {10: 1.0})
 
 
 # Sampling
 
 
-def many(grid: type[LocalGrid] = LocalGrid, **options: Any) -> FedL2PStrategy:
+def many(grid: type[LocalGrid] = LocalGrid, **options: Any) -> Federation:
     names = {client_id: str(client_id) for client_id in range(40)}
-    return make_strategy(grid(describing_app(), range(50)), names=names, **options)
+    return make_federation(grid(describing_app(), range(50)), names=names, **options)
+
+
+def drawn(federation: Federation, number: int) -> list[int]:
+    return [p.client_id for p in federation.training_clients(number)]
 
 
 @pytest.mark.parametrize(("fraction", "count"), [(0.1, 4), (0.25, 10), (1.0, 40), (0.001, 1)])
 def test_a_sample_has_the_size_of_its_fraction_and_nobody_twice(fraction: float, count: int) -> None:
-    ids = [p.client_id for p in many().sample(fraction, "sample", 3)]
+    ids = drawn(many(client_fraction=fraction), 3)
     assert len(ids) == len(set(ids)) == count
     assert ids == sorted(ids)
     assert all(client_id < 40 for client_id in ids)
 
 
 def test_samples_follow_from_the_seed_and_the_round_alone() -> None:
-    def draws(strategy: FedL2PStrategy, *rounds: int) -> list[list[int]]:
-        return [[p.client_id for p in strategy.sample(0.2, "sample", number)] for number in rounds]
+    def draws(federation: Federation, *rounds: int) -> list[list[int]]:
+        return [drawn(federation, number) for number in rounds]
 
-    assert draws(many(), 1, 2, 3) == draws(many(Backwards), 1, 2, 3)
-    assert draws(many(), 3, 1) == [draws(many(), 1, 2, 3)[i] for i in (2, 0)]
-    assert len({tuple(d) for d in draws(many(), 1, 2, 3)}) == 3
-    assert draws(many(), 1, 2, 3) != draws(many(seed=2), 1, 2, 3)
+    some = {"client_fraction": 0.2}
+    assert draws(many(**some), 1, 2, 3) == draws(many(Backwards, **some), 1, 2, 3)
+    assert draws(many(**some), 3, 1) == [draws(many(**some), 1, 2, 3)[i] for i in (2, 0)]
+    assert len({tuple(d) for d in draws(many(**some), 1, 2, 3)}) == 3
+    assert draws(many(**some), 1, 2, 3) != draws(many(seed=2, **some), 1, 2, 3)
 
 
 def test_everybody_is_sampled_at_some_time() -> None:
-    strategy = many()
-    assert {p.client_id for number in range(1, 60) for p in strategy.sample(0.1, "sample", number)} == set(range(40))
+    federation = many(client_fraction=0.1)
+    assert {client_id for number in range(1, 60) for client_id in drawn(federation, number)} == set(range(40))
 
 
 def test_the_validation_cohort_is_the_same_in_all_rounds() -> None:
-    strategy, grid = many(validation_fraction=0.25), LocalGrid(describing_app(), range(50))
-    cohorts = [
-        [m.metadata.dst_node_id for m in strategy.configure_evaluate(number, to_arrays(LIKE), ConfigRecord(), grid)]
-        for number in (0, 1, 7)
-    ]
+    federation = many(validation_fraction=0.25)
+    cohorts = [[m.metadata.dst_node_id for m in validation_messages(federation, LIKE, number)] for number in (0, 1, 7)]
     assert len(cohorts[0]) == 10
     assert cohorts[0] == cohorts[1] == cohorts[2]
 
 
 def test_messages_carry_lambda_the_round_and_the_scale_of_the_rates() -> None:
-    strategy, grid = make_strategy(rounds=4, meta_lr_decay="cosine"), LocalGrid(describing_app(), SAMPLES)
-    messages = list(strategy.configure_train(3, to_arrays(update(2.0)), ConfigRecord(), grid))
+    federation = make_federation(rounds=4, meta_lr_decay="cosine")
+    messages = training_messages(federation, update(2.0), 3)
     config = messages[0].content.config_records["config"]
     assert messages[0].metadata.message_type == META_TRAIN
     assert config["server-round"] == 3
@@ -274,23 +276,22 @@ def test_messages_carry_lambda_the_round_and_the_scale_of_the_rates() -> None:
     assert torch.equal(
         from_arrays(messages[0].content.array_records["arrays"], LIKE)["base_lr"], update(2.0)["base_lr"]
     )
-    evaluations = list(strategy.configure_evaluate(3, to_arrays(LIKE), ConfigRecord(), grid))
-    assert {m.metadata.message_type for m in evaluations} == {META_EVALUATE}
+    assert {m.metadata.message_type for m in validation_messages(federation, LIKE, 3)} == {META_EVALUATE}
 
 
 # Discovery
 
 
 def test_participants_are_the_seen_clients_in_order_with_their_statistics() -> None:
-    strategy = make_strategy(Backwards(describing_app(), [*SAMPLES, 99]))
-    assert list(strategy.participants) == [10, 20, 30, 40]
-    assert [p.num_samples for p in strategy.participants.values()] == [30, 10, 60, 1]
-    assert [float(p.bn_divergence) for p in strategy.participants.values()] == [10, 20, 30, 40]
+    participants = make_federation(Backwards(describing_app(), [*SAMPLES, 99])).participants
+    assert [p.client_id for p in participants] == [10, 20, 30, 40]
+    assert [p.num_samples for p in participants] == [30, 10, 60, 1]
+    assert [float(p.bn_divergence) for p in participants] == [10, 20, 30, 40]
 
 
 def test_a_seen_client_without_a_node_is_named() -> None:
     with pytest.raises(FederationError, match=r"2 seen clients.*'client-30'"):
-        make_strategy(LocalGrid(describing_app(), [10, 20]))
+        make_federation(LocalGrid(describing_app(), [10, 20]))
 
 
 def test_a_client_that_cannot_describe_itself_stops_the_run_with_the_reason() -> None:
@@ -299,7 +300,7 @@ def test_a_client_that_cannot_describe_itself_stops_the_run_with_the_reason() ->
             raise ValueError("no data here")
 
     with pytest.raises(FederationError, match="no data here"):
-        make_strategy(LocalGrid(describing_app(fail), SAMPLES))
+        make_federation(LocalGrid(describing_app(fail), SAMPLES))
 
 
 # Settings
@@ -309,12 +310,12 @@ def test_a_client_that_cannot_describe_itself_stops_the_run_with_the_reason() ->
 @pytest.mark.parametrize("value", [0, -0.5, 1.5, math.nan])
 def test_fractions_outside_0_to_1_are_refused_by_name(key: str, value: float) -> None:
     with pytest.raises(ConfigError, match=rf"federation\.{key} is {value}"):
-        make_strategy(**{key: value})
+        make_federation(**{key: value})
 
 
 def test_an_unknown_decay_is_refused() -> None:
     with pytest.raises(ConfigError, match="'linear'; allowed are 'none' and 'cosine'"):
-        make_strategy(meta_lr_decay="linear")
+        make_federation(meta_lr_decay="linear")
 
 
 def test_cosine_decay_goes_from_one_towards_zero() -> None:
