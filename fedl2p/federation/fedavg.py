@@ -4,17 +4,17 @@ Not by Flower's FedAvg strategy, which holds all replies at once: a hundred ResN
 """
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Sequence
+import logging
+import math
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 import numpy as np
-import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from torch import nn
 
-from fedl2p.core.functional import Tensors
 from fedl2p.errors import FederationError
 from fedl2p.federation.aggregation import WeightedMean
 from fedl2p.federation.client_app import add_identity_handler
@@ -33,6 +33,8 @@ from fedl2p.federation.participants import find_nodes
 from fedl2p.federation.replies import Refusal, answers, read_model
 from fedl2p.pretraining.fedavg import LocalTraining
 from fedl2p.seeding import derive_seed
+
+logger = logging.getLogger(__name__)
 
 
 def make_pretrain_app(training: LocalTraining) -> ClientApp:
@@ -66,6 +68,7 @@ def pretrain(
     rounds: int,
     client_fraction: float = 1.0,
     lr_drops: Sequence[int] = (),
+    min_reply_fraction: float = 0.5,
     seed: int = 0,
     on_round: Callable[[int], None] = lambda number: None,
 ) -> nn.Module:
@@ -78,6 +81,8 @@ def pretrain(
         rounds: how many, at least 1.
         client_fraction: share of them in a round, above 0 and at most 1; drawn without replacement.
         lr_drops: rounds from which on the learning rate is a tenth of what it was before.
+        min_reply_fraction: of the clients that are asked, the share that must give a usable answer; the others are
+            left out, and the log names them.
         seed: of the draws.
         on_round: called with the number of each round that is done.
 
@@ -85,31 +90,40 @@ def pretrain(
         A trained copy, in evaluation mode, on the CPU.
 
     Raises:
-        FederationError: a client failed, or the model is not finite any more.
+        FederationError: too few clients gave a usable, finite model.
     """
     model = copy.deepcopy(model).cpu()
-    nodes = [node_id for client_id, node_id in find_nodes(grid).items() if client_id in client_ids]
-    count = max(1, round(client_fraction * len(nodes)))
+    nodes, reasons = find_nodes(grid, client_ids)
+    _leave_out(reasons, len(client_ids), min_reply_fraction, "Pretraining")
+    clients = {node_id: client_id for client_id, node_id in nodes.items()}
+    count = max(1, round(client_fraction * len(clients)))
     for number in range(1, rounds + 1):
         rng = np.random.default_rng(derive_seed(seed, "pretrain-sample", number))
-        chosen = [nodes[i] for i in sorted(rng.choice(len(nodes), count, replace=False))]
+        chosen = [list(clients)[i] for i in sorted(rng.choice(len(clients), count, replace=False))]
         config = {"server-round": number, "lr-scale": 0.1 ** sum(number >= drop for drop in lr_drops)}
         arrays = to_arrays(model.state_dict())
         messages = [instruction(PRETRAIN, node_id, arrays=arrays, config=config) for node_id in chosen]
-        model.load_state_dict(_mean(chosen, grid.send_and_receive(messages), model.state_dict(), number))
+        mean, failures = WeightedMean(), {}
+        read = partial(read_model, template=model.state_dict())
+        for node_id, answer in answers(chosen, grid.send_and_receive(messages), read):
+            if isinstance(answer, Refusal):
+                failures[clients[node_id]] = answer.reason
+            else:
+                mean.add(*answer)
+        _leave_out(failures, count, min_reply_fraction, f"Pretraining, round {number}")
+        model.load_state_dict(mean.result())
         on_round(number)
     return model.eval()
 
 
-def _mean(node_ids: Sequence[int], replies: Iterable[Message], template: Tensors, number: int) -> Tensors:
-    """The clients' models, averaged by their samples in the order of the nodes."""
-    mean = WeightedMean()
-    for _, answer in answers(node_ids, replies, partial(read_model, template=template)):
-        if isinstance(answer, Refusal):
-            raise FederationError(f"Pretraining, round {number}: a client failed: {answer.reason}")
-        mean.add(*answer)
-    tensors = mean.result()
-    bad = [name for name, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
-    if bad:
-        raise FederationError(f"Pretraining, round {number}: '{bad[0]}' is not finite; choose a lower pretraining.lr.")
-    return tensors
+def _leave_out(failures: dict[int, str], asked: int, min_reply_fraction: float, stage: str) -> None:
+    """Names the clients that are left out, or stops where they are too many."""
+    needed = max(1, math.ceil(min_reply_fraction * asked))
+    if asked - len(failures) < needed:
+        client_id, reason = next(iter(failures.items()))
+        raise FederationError(
+            f"{stage}: a client failed: {reason} (client {client_id}; {asked - len(failures)} of {asked} gave a usable "
+            f"answer, {needed} are needed)"
+        )
+    for client_id, reason in failures.items():
+        logger.warning("%s: client %d is left out: %s", stage, client_id, reason)

@@ -11,9 +11,9 @@ so a run repeats bit for bit although nodes and replies come in any order.
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -23,10 +23,10 @@ from flwr.serverapp import Grid
 from fedl2p.core.functional import Tensors
 from fedl2p.core.meta_nets import MetaNets
 from fedl2p.errors import ConfigError, FederationError
-from fedl2p.federation.aggregation import WeightedMean
+from fedl2p.federation.aggregation import Aggregation, bound_weights, clip_updates, combine, middle
 from fedl2p.federation.messages import META_EVALUATE, META_TRAIN, instruction, to_arrays
 from fedl2p.federation.participants import Participant, find_participants, standardize_inputs
-from fedl2p.federation.replies import Refusal, answers, read_loss, read_update, weighted
+from fedl2p.federation.replies import MAX_LOSS, Refusal, answers, loss_in_range, read_loss, read_update
 from fedl2p.federation.state import MetaState, RoundCallback, RoundRecord
 from fedl2p.seeding import derive_seed
 
@@ -45,6 +45,13 @@ class RoundSettings:
         validation_fraction: the share of the participants in the fixed validation cohort, likewise.
         min_reply_fraction: of the clients that are asked, the share that must give a usable answer, likewise.
         meta_lr_decay: `cosine` lowers the meta learning rates to 0 over the rounds; `none` keeps them (the paper).
+        aggregation: how the clients' lambdas become one, see `combine`; `mean` is Algorithm 1's. With the others, the
+            validation losses are combined by a trimmed mean without weights.
+        max_update_norm: how far a client can move lambda in a round, as a Euclidean norm; longer updates are shortened.
+            `auto` follows the updates of the round, see `clip_updates`; None is no limit.
+        max_client_weight: the largest share of a round that one client can weigh, above 0 and at most 1.
+        max_loss_ratio: a round whose validation loss is more than so many times the best one is rolled back to the
+            lambda of that one, at least 1; None never rolls back.
         seed: of the run.
 
     Raises:
@@ -57,16 +64,28 @@ class RoundSettings:
     validation_fraction: float = 1.0
     min_reply_fraction: float = 0.5
     meta_lr_decay: Decay = "none"
+    aggregation: Aggregation = "mean"
+    max_update_norm: float | Literal["auto"] | None = "auto"
+    max_client_weight: float = 0.75
+    max_loss_ratio: float | None = 3.0
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Checks the values."""
-        for key in ("client_fraction", "validation_fraction", "min_reply_fraction"):
+        for key in ("client_fraction", "validation_fraction", "min_reply_fraction", "max_client_weight"):
             value = getattr(self, key)
             if not 0 < value <= 1:
                 raise ConfigError(f"federation.{key} is {value}; allowed is above 0 and at most 1.")
-        if self.meta_lr_decay not in ("none", "cosine"):
-            raise ConfigError(f"federation.meta_lr_decay is '{self.meta_lr_decay}'; allowed are 'none' and 'cosine'.")
+        for key, words in (("meta_lr_decay", get_args(Decay)), ("aggregation", get_args(Aggregation))):
+            value = getattr(self, key)
+            if value not in words:
+                allowed = ", ".join(repr(word) for word in words[:-1])
+                raise ConfigError(f"federation.{key} is '{value}'; allowed are {allowed} and {words[-1]!r}.")
+        norm = self.max_update_norm
+        if norm not in ("auto", None) and not 0 < float(norm) < math.inf:
+            raise ConfigError(f"federation.max_update_norm is {norm}; allowed is above 0, 'auto' or null.")
+        if self.max_loss_ratio is not None and not 1 <= self.max_loss_ratio < math.inf:
+            raise ConfigError(f"federation.max_loss_ratio is {self.max_loss_ratio}; allowed is 1 or more, or null.")
         if self.rounds < 0:
             raise ConfigError(f"federation.rounds is {self.rounds}; allowed is at least 0.")
         if self.patience < 1:
@@ -83,12 +102,14 @@ class Federation:
         initial: lambda before the first round; its names, shapes and types are those of every lambda.
         net_inputs: the buffers of the nets, which say how their inputs are standardized; sent along with lambda, since
             clients may live in other processes. Where there are none, clients keep theirs.
+        failures: by name, why a seen client cannot take part.
     """
 
     settings: RoundSettings
     participants: tuple[Participant, ...]
     initial: Tensors
     net_inputs: Tensors
+    failures: dict[str, str] = field(default_factory=dict)
 
     def training_clients(self, number: int) -> list[Participant]:
         """Line 3 of Algorithm 1: who trains in round `number`, in the order of client ids."""
@@ -97,6 +118,10 @@ class Federation:
     def validation_clients(self) -> list[Participant]:
         """The fixed cohort that every round is measured on, in the order of client ids."""
         return self._sample(self.settings.validation_fraction, "validation")
+
+    def needed(self, asked: Sequence[Participant]) -> int:
+        """How many of those that are asked must give a usable answer."""
+        return max(1, math.ceil(self.settings.min_reply_fraction * len(asked)))
 
     def _sample(self, fraction: float, *key: int | str) -> list[Participant]:
         """A share of the participants without replacement, at least one."""
@@ -114,6 +139,7 @@ class Training:
         meta_loss: the clients' mean validation loss while they trained, weighted by N_i.
         clients: whose lambdas were averaged.
         failures: by name, why a client was left out.
+        clipped: names of the clients whose update was shortened.
         skipped_steps: meta iterations that were not finite and changed nothing.
     """
 
@@ -121,15 +147,16 @@ class Training:
     meta_loss: float
     clients: tuple[Participant, ...]
     failures: dict[str, str]
+    clipped: tuple[str, ...]
     skipped_steps: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Validation:
-    """What a lambda is worth: the cohort's mean validation loss, weighted by N_i; infinite if one is not finite.
+    """What a lambda is worth.
 
     Attributes:
-        loss: that mean.
+        loss: the cohort's mean validation loss, weighted by N_i; infinite where it diverges for too many clients.
         failures: by name, why a client was left out.
     """
 
@@ -157,9 +184,13 @@ def set_up(
         standardize: whether the nets' inputs are standardized by the participants' statistics.
 
     Raises:
-        FederationError: a seen client's node does not answer as it should.
+        FederationError: too few of the clients can take part.
     """
-    participants = find_participants(grid, names)
+    template = {
+        "bn_divergence": meta_nets.base_lr.new_zeros(len(meta_nets.batchnorm_names)),
+        "layer_moments": meta_nets.base_lr.new_zeros(2 * len(meta_nets.layer_names)),
+    }
+    participants, failures = find_participants(grid, names, template, min_reply_fraction=settings.min_reply_fraction)
     if base_lr is not None:
         with torch.no_grad():
             meta_nets.base_lr.fill_(base_lr)
@@ -170,6 +201,7 @@ def set_up(
         participants=participants,
         initial={name: p.detach().clone() for name, p in meta_nets.named_parameters()},
         net_inputs={name: b.detach().clone() for name, b in meta_nets.named_buffers()},
+        failures=failures,
     )
 
 
@@ -204,12 +236,13 @@ def run_rounds(
     Raises:
         FederationError: a round has too few usable replies.
     """
-    settings = federation.settings
+    settings, unable = federation.settings, _labelled(federation.failures, "set-up")
     for callback in callbacks:
         callback.on_rounds_start(state, settings.rounds)
     try:
         while state.round < settings.rounds and not state.out_of_patience(settings.patience):
-            lambda_, record = run_round(grid, federation, state.lambda_, state.round + 1)
+            lambda_, record = run_round(grid, federation, state)
+            record, unable = replace(record, failures=unable | record.failures), {}  # said once, with the first round
             state.add(record, lambda_)
             save(state)
             for callback in callbacks:
@@ -220,32 +253,45 @@ def run_rounds(
     return state
 
 
-def run_round(grid: Grid, federation: Federation, lambda_: Tensors, number: int) -> tuple[Tensors, RoundRecord]:
-    """One round: clients train from `lambda_`, and what they made of it is measured. Round 0 only measures."""
-    started = time.monotonic()
-    training = train(grid, federation, lambda_, number) if number else None
-    if training is not None:
-        lambda_ = training.lambda_
-    validation = validate(grid, federation, lambda_, number)
+def run_round(grid: Grid, federation: Federation, state: MetaState) -> tuple[Tensors, RoundRecord]:
+    """The round that comes after `state`, which stays as it is; round 0 only measures.
+
+    Returns:
+        The lambda to go on with, and what happened.
+    """
+    started, number, lambda_ = time.monotonic(), state.round + 1, state.lambda_
+    if number == 0:
+        validation = validate(grid, federation, lambda_, number)
+        record = RoundRecord(round=0, val_loss=validation.loss, failures=_labelled(validation.failures, "validation"))
+        return lambda_, replace(record, seconds=time.monotonic() - started)
+    training = train(grid, federation, lambda_, number)
+    validation = validate(grid, federation, training.lambda_, number)
+    ruined = is_ruined(validation.loss, state.best_loss, federation.settings.max_loss_ratio)
     record = RoundRecord(
         round=number,
         val_loss=validation.loss,
-        failures={f"{name} (validation)": reason for name, reason in validation.failures.items()},
+        meta_loss=training.meta_loss,
+        clients=tuple(participant.name for participant in training.clients),
+        failures=training.failures | _labelled(validation.failures, "validation"),
+        clipped=training.clipped,
+        rolled_back=ruined,
+        skipped_steps=training.skipped_steps,
+        seconds=time.monotonic() - started,
     )
-    if training is not None:
-        record = replace(
-            record,
-            meta_loss=training.meta_loss,
-            clients=tuple(p.name for p in training.clients),
-            failures=training.failures | record.failures,
-            skipped_steps=training.skipped_steps,
-        )
-    return lambda_, replace(record, seconds=time.monotonic() - started)
+    return state.best_lambda if ruined else training.lambda_, record
+
+
+def is_ruined(loss: float, best: float, max_ratio: float | None) -> bool:
+    """Whether a round's validation loss is not finite, or far above the best one; never before there is a best one."""
+    if max_ratio is None or not math.isfinite(best):
+        return False
+    return not math.isfinite(loss) or loss > max_ratio * best
 
 
 def train(grid: Grid, federation: Federation, lambda_: Tensors, number: int) -> Training:
     """Lines 3 to 14 of Algorithm 1: a sample of clients learns from `lambda_`; the mean of what they return."""
-    return aggregate(federation, number, grid.send_and_receive(training_messages(federation, lambda_, number)))
+    replies = grid.send_and_receive(training_messages(federation, lambda_, number))
+    return aggregate(federation, lambda_, number, replies)
 
 
 def training_messages(federation: Federation, lambda_: Tensors, number: int) -> list[Message]:
@@ -255,22 +301,26 @@ def training_messages(federation: Federation, lambda_: Tensors, number: int) -> 
     return _messages(META_TRAIN, federation.training_clients(number), federation, lambda_, config)
 
 
-def aggregate(federation: Federation, number: int, replies: Iterable[Message]) -> Training:
+def aggregate(federation: Federation, lambda_: Tensors, number: int, replies: Iterable[Message]) -> Training:
     """Line 14 of Algorithm 1: the mean of the clients' lambdas, weighted by their training samples.
+
+    Updates that are too long are shortened first, and no client weighs too much; another aggregation may be set.
 
     Raises:
         FederationError: too few usable replies.
     """
+    settings = federation.settings
     read = partial(read_update, template=federation.initial)
     updates, failures = _collected(federation, number, federation.training_clients(number), replies, read)
-    mean = WeightedMean()
-    for participant, update in updates:
-        mean.add(participant.num_samples, update.lambda_)
+    clients = tuple(participant for participant, _ in updates)
+    weights = bound_weights([participant.num_samples for participant in clients], settings.max_client_weight)
+    lambdas, clipped = clip_updates(lambda_, [update.lambda_ for _, update in updates], settings.max_update_norm)
     return Training(
-        lambda_=mean.result(),
-        meta_loss=weighted((participant.num_samples, update.meta_loss) for participant, update in updates),
-        clients=tuple(participant for participant, _ in updates),
+        lambda_=combine(lambda_, lambdas, weights, settings.aggregation),
+        meta_loss=middle([update.meta_loss for _, update in updates], weights, settings.aggregation),
+        clients=clients,
         failures=failures,
+        clipped=tuple(clients[position].name for position in clipped),
         skipped_steps=sum(update.skipped_steps for _, update in updates),
     )
 
@@ -292,9 +342,18 @@ def combine_losses(federation: Federation, number: int, replies: Iterable[Messag
     Raises:
         FederationError: too few usable replies.
     """
-    losses, failures = _collected(federation, number, federation.validation_clients(), replies, read_loss)
-    loss = sum(p.num_samples * value for p, value in losses) / sum(p.num_samples for p, _ in losses)
-    return Validation(loss=loss if math.isfinite(loss) else math.inf, failures=failures)
+    asked, settings = federation.validation_clients(), federation.settings
+    measured, failures = _collected(federation, number, asked, replies, read_loss)
+    votes = [(p, loss) for p, loss in measured if loss_in_range(loss)]
+    failures |= {
+        p.name: f"its validation loss is {loss:g}; allowed is 0 to {MAX_LOSS:g}"
+        for p, loss in measured
+        if not loss_in_range(loss)
+    }
+    if len(votes) < federation.needed(asked):
+        return Validation(loss=math.inf, failures=failures)
+    weights = bound_weights([p.num_samples for p, _ in votes], settings.max_client_weight)
+    return Validation(loss=middle([loss for _, loss in votes], weights, settings.aggregation), failures=failures)
 
 
 def decayed(decay: str, number: int, total: int) -> float:
@@ -326,8 +385,7 @@ def _collected(
             failures[by_node[node_id].name] = answer.reason
         else:
             usable.append((by_node[node_id], answer))
-    fraction = federation.settings.min_reply_fraction
-    needed = max(1, math.ceil(fraction * len(asked)))
+    fraction, needed = federation.settings.min_reply_fraction, federation.needed(asked)
     if len(usable) < needed:
         name, reason = next(iter(failures.items()))
         raise FederationError(
@@ -335,3 +393,7 @@ def _collected(
             f"(federation.min_reply_fraction {fraction}); '{name}': {reason}."
         )
     return usable, failures
+
+
+def _labelled(failures: dict[str, str], label: str) -> dict[str, str]:
+    return {f"{name} ({label})": reason for name, reason in failures.items()}

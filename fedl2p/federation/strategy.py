@@ -26,18 +26,20 @@ class FedL2PStrategy(Strategy):
             federation: who takes part, and how.
         """
         self.federation = federation
+        self._sent = federation.initial
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Lambda to a sample of the participants."""
-        return training_messages(self.federation, from_arrays(arrays, self.federation.initial), server_round)
+        self._sent = from_arrays(arrays, self.federation.initial)
+        return training_messages(self.federation, self._sent, server_round)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """The new lambda."""
-        training = aggregate(self.federation, server_round, replies)
+        training = aggregate(self.federation, self._sent, server_round, replies)
         clients = [participant.client_id for participant in training.clients]
         return to_arrays(training.lambda_), MetricRecord({META_LOSS: training.meta_loss, "clients": clients})
 

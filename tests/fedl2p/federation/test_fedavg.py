@@ -58,6 +58,7 @@ def train(data: Blobs, model: nn.Module, rounds: int, **options: Any) -> nn.Modu
         model,
         client_ids=data.pool("pretrain"),
         rounds=rounds,
+        min_reply_fraction=1.0,
     )
 
 

@@ -64,15 +64,15 @@ class Backwards(LocalGrid):
         return list(super().pull_messages(message_ids))[::-1]
 
 
-def make_federation(
-    grid: LocalGrid | None = None, names: dict[int, str] = NAMES, initial: dict[str, Tensor] = LIKE, **options: Any
-) -> Federation:
-    return Federation(
-        settings=RoundSettings(**({"client_fraction": 1.0, "seed": 1} | options)),
-        participants=find_participants(LocalGrid(describing_app(), SAMPLES) if grid is None else grid, names),
-        initial=initial,
-        net_inputs={},
+def make_federation(grid: LocalGrid | None = None, names: dict[int, str] = NAMES, **options: Any) -> Federation:
+    settings = RoundSettings(**({"client_fraction": 1.0, "seed": 1} | options))
+    participants, failures = find_participants(
+        LocalGrid(describing_app(), SAMPLES) if grid is None else grid,
+        names,
+        {"bn_divergence": torch.zeros(1), "layer_moments": torch.zeros(2)},
+        min_reply_fraction=settings.min_reply_fraction,
     )
+    return Federation(settings=settings, participants=participants, initial=LIKE, net_inputs={}, failures=failures)
 
 
 def client_of(federation: Federation, message: Message) -> int:
@@ -109,7 +109,7 @@ def clients(training: Training) -> list[int]:
 
 def test_lambdas_are_weighted_by_training_samples_whatever_a_reply_says() -> None:
     federation = make_federation()
-    training = aggregate(federation, 1, answers(federation, {10: 1.0, 20: 2.0, 30: 3.0, 40: 4.0}))
+    training = aggregate(federation, LIKE, 1, answers(federation, {10: 1.0, 20: 2.0, 30: 3.0, 40: 4.0}))
     expected = (30 * 1 + 10 * 2 + 60 * 3 + 1 * 4) / 101
     torch.testing.assert_close(training.lambda_["base_lr"], torch.tensor([expected, -expected]))
     torch.testing.assert_close(training.lambda_["scalar"], torch.tensor(10 * expected))
@@ -122,13 +122,13 @@ def test_the_order_of_replies_changes_no_bit() -> None:
     values = {10: 0.1, 20: 1e7, 30: 0.3, 40: 1e-5}
     federation = make_federation()
     replies = answers(federation, values)
-    there, back = (aggregate(federation, 1, order).lambda_ for order in (replies, replies[::-1]))
+    there, back = (aggregate(federation, LIKE, 1, order).lambda_ for order in (replies, replies[::-1]))
     assert all(torch.equal(there[name], back[name]) for name in LIKE)
 
 
 def test_a_client_that_raised_is_left_out_and_named() -> None:
     federation = make_federation()
-    training = aggregate(federation, 1, answers(federation, {10: 1.0, 30: 3.0, 40: 4.0}))
+    training = aggregate(federation, LIKE, 1, answers(federation, {10: 1.0, 30: 3.0, 40: 4.0}))
     expected = (30 * 1 + 60 * 3 + 1 * 4) / 91
     torch.testing.assert_close(training.lambda_["base_lr"][0], torch.tensor(expected))
     assert training.failures == {"client-20": "ValueError: no"}
@@ -138,7 +138,7 @@ def test_a_client_that_raised_is_left_out_and_named() -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_an_update_that_is_not_finite_is_left_out_and_named(bad: float) -> None:
     federation = make_federation()
-    training = aggregate(federation, 1, answers(federation, {10: 1.0, 20: bad, 30: 3.0, 40: 4.0}))
+    training = aggregate(federation, LIKE, 1, answers(federation, {10: 1.0, 20: bad, 30: 3.0, 40: 4.0}))
     torch.testing.assert_close(training.lambda_["base_lr"][0], torch.tensor((30 * 1 + 60 * 3 + 1 * 4) / 91))
     assert training.failures == {"client-20": "the update of 'base_lr' is not finite"}
     assert clients(training) == [10, 30, 40]
@@ -146,29 +146,31 @@ def test_an_update_that_is_not_finite_is_left_out_and_named(bad: float) -> None:
 
 def test_silence_is_a_failure() -> None:
     federation = make_federation()
-    training = aggregate(federation, 1, answers(federation, {10: 1.0, 20: 2.0, 30: 3.0, 40: 4.0})[1:])
+    training = aggregate(federation, LIKE, 1, answers(federation, {10: 1.0, 20: 2.0, 30: 3.0, 40: 4.0})[1:])
     assert training.failures == {"client-10": "no reply"}
 
 
 def test_failures_of_a_round_are_forgotten_in_the_next() -> None:
     federation = make_federation()
-    training = aggregate(federation, 1, answers(federation, {10: 1.0, 30: 3.0}))
+    training = aggregate(federation, LIKE, 1, answers(federation, {10: 1.0, 30: 3.0}))
     assert set(training.failures) == {"client-20", "client-40"}
-    assert aggregate(federation, 1, answers(federation, dict.fromkeys(SAMPLES, 1.0))).failures == {}
+    assert aggregate(federation, LIKE, 1, answers(federation, dict.fromkeys(SAMPLES, 1.0))).failures == {}
 
 
 def test_the_meta_loss_is_weighted_and_leaves_out_what_is_not_finite() -> None:
     federation = make_federation()
     values = dict.fromkeys(SAMPLES, 1.0)
-    training = aggregate(federation, 1, answers(federation, values, {10: 2.0, 20: math.nan, 30: 4.0, 40: math.inf}))
+    training = aggregate(
+        federation, LIKE, 1, answers(federation, values, {10: 2.0, 20: math.nan, 30: 4.0, 40: math.inf})
+    )
     assert training.meta_loss == pytest.approx((30 * 2 + 60 * 4) / 90)
 
 
 def test_too_few_good_replies_stop_the_run_with_the_reason() -> None:
     federation = make_federation(min_reply_fraction=0.75)
-    aggregate(federation, 1, answers(federation, {10: 1.0, 20: 2.0, 30: 3.0}))
+    aggregate(federation, LIKE, 1, answers(federation, {10: 1.0, 20: 2.0, 30: 3.0}))
     with pytest.raises(FederationError) as caught:
-        aggregate(federation, 1, answers(federation, {10: 1.0, 20: math.nan}))
+        aggregate(federation, LIKE, 1, answers(federation, {10: 1.0, 20: math.nan}))
     for words in ("Round 1", "1 of 4", "3 are needed", "client-20", "is not finite", "min_reply_fraction 0.75"):
         assert words in str(caught.value)
 
@@ -176,7 +178,7 @@ def test_too_few_good_replies_stop_the_run_with_the_reason() -> None:
 def test_no_good_reply_at_all_stops_the_run_whatever_the_fraction() -> None:
     federation = make_federation(min_reply_fraction=0.01)
     with pytest.raises(FederationError, match="0 of 4"):
-        aggregate(federation, 1, answers(federation, {}))
+        aggregate(federation, LIKE, 1, answers(federation, {}))
 
 
 def test_a_client_that_answers_with_other_tensors_is_left_out_and_named() -> None:
@@ -184,7 +186,7 @@ def test_a_client_that_answers_with_other_tensors_is_left_out_and_named() -> Non
     messages = training_messages(federation, LIKE, 1)
     replies = [answer(message, 1.0) for message in messages[1:]]
     replies.append(reply(messages[0], arrays={"base_lr": torch.zeros(5), "scalar": torch.tensor(0.0)}))
-    training = aggregate(federation, 1, replies)
+    training = aggregate(federation, LIKE, 1, replies)
     assert set(training.failures) == {"client-10"}
 
 
@@ -207,9 +209,18 @@ def test_the_validation_loss_is_weighted_by_training_samples() -> None:
     assert loss == pytest.approx((30 * 1 + 10 * 2 + 60 * 3 + 1 * 4) / 101)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, -1e30, 1e30])
+def test_a_vote_that_is_out_of_range_is_left_out_and_named(bad: float) -> None:
+    validation = validated(make_federation(), {10: 1.0, 20: bad, 30: 3.0, 40: 4.0})
+    assert validation.loss == pytest.approx((30 + 60 * 3 + 4) / 91)
+    assert validation.failures == {"client-20": f"its validation loss is {bad:g}; allowed is 0 to 1e+06"}
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_one_loss_that_is_not_finite_makes_the_round_infinitely_bad(bad: float) -> None:
-    assert validated(make_federation(), {10: 1.0, 20: bad, 30: 3.0, 40: 4.0}).loss == math.inf
+def test_losses_that_are_not_finite_for_most_make_the_round_infinitely_bad(bad: float) -> None:
+    validation = validated(make_federation(), {10: bad, 20: bad, 30: bad, 40: 4.0})
+    assert validation.loss == math.inf
+    assert set(validation.failures) == {"client-10", "client-20", "client-30"}
 
 
 def test_a_validation_client_that_raised_is_left_out_and_named() -> None:
@@ -291,7 +302,7 @@ def test_participants_are_the_seen_clients_in_order_with_their_statistics() -> N
 
 def test_a_seen_client_without_a_node_is_named() -> None:
     with pytest.raises(FederationError, match=r"2 seen clients.*'client-30'"):
-        make_federation(LocalGrid(describing_app(), [10, 20]))
+        make_federation(LocalGrid(describing_app(), [10, 20]), min_reply_fraction=1.0)
 
 
 def test_a_client_that_cannot_describe_itself_stops_the_run_with_the_reason() -> None:
@@ -300,7 +311,7 @@ def test_a_client_that_cannot_describe_itself_stops_the_run_with_the_reason() ->
             raise ValueError("no data here")
 
     with pytest.raises(FederationError, match="no data here"):
-        make_federation(LocalGrid(describing_app(fail), SAMPLES))
+        make_federation(LocalGrid(describing_app(fail), SAMPLES), min_reply_fraction=1.0)
 
 
 # Settings
