@@ -35,14 +35,13 @@ from fedl2p.experiment.methods import FINE_TUNING, FixedRecipe, derangement, tun
 from fedl2p.experiment.results import MethodResult, client_table, mean_of
 from fedl2p.federation.checkpoint import load_metadata, load_state, load_tensors, save_state, write_tensors
 from fedl2p.federation.client_app import make_client_app, make_cohort_handlers
+from fedl2p.federation.fedavg import make_pretrain_app, pretrain
 from fedl2p.federation.local import LocalGrid, flower_run
 from fedl2p.federation.ray import require_ray, simulate
-from fedl2p.federation.rounds import run_rounds, standardize_inputs
+from fedl2p.federation.rounds import RoundSettings, decayed, new_state, run_rounds, set_up
 from fedl2p.federation.state import MetaState, RoundCallback
-from fedl2p.federation.strategy import FedL2PStrategy, decayed
 from fedl2p.models.weights import load_weights
 from fedl2p.policy import policy_metadata
-from fedl2p.pretraining.fedavg import make_pretrain_app, pretrain
 from fedl2p.seeding import derive_seed
 
 POOLS = ("seen", "unseen")
@@ -186,32 +185,34 @@ class Experiment:
 
     def _rounds(self, callbacks: Sequence[RoundCallback]) -> MetaState:
         config, seen = self.config.federation, self.data.pool("seen")
-        with torch.no_grad():
-            self.runtime.meta_nets.base_lr.fill_(self.base_lr())
-        strategy = FedL2PStrategy(
-            like=self.runtime.lambda_(),
-            names={client_id: self.data.clients[client_id].name for client_id in seen},
+        settings = RoundSettings(
+            rounds=config.rounds,
+            patience=config.patience,
             client_fraction=config.client_fraction,
             validation_fraction=config.validation_fraction,
             min_reply_fraction=config.min_reply_fraction,
-            rounds=config.rounds,
             meta_lr_decay=config.meta_lr_decay,  # type: ignore[arg-type]  # checked by config.check
+            aggregation=config.aggregation,  # type: ignore[arg-type]  # likewise
+            max_update_norm=config.max_update_norm,
+            max_client_weight=config.max_client_weight,
+            max_loss_ratio=config.max_loss_ratio,
             seed=self.config.seed,
         )
-        initial = self.runtime.lambda_()
-        state = load_state(self.folder.checkpoints) or MetaState(lambda_=initial, best_lambda=initial)
+        stored = load_state(self.folder.checkpoints)
 
         def work(grid: Grid) -> MetaState:
-            strategy.discover(grid)
-            if self.config.meta_nets.standardize:
-                standardize_inputs(self.runtime.meta_nets, strategy)
-            strategy.net_inputs = dict(self.runtime.meta_nets.named_buffers())
+            federation = set_up(
+                grid,
+                self.runtime.meta_nets,
+                {client_id: self.data.clients[client_id].name for client_id in seen},
+                settings,
+                base_lr=self.base_lr(),
+                standardize=self.config.meta_nets.standardize,
+            )
             return run_rounds(
                 grid,
-                strategy,
-                state,
-                rounds=config.rounds,
-                patience=config.patience,
+                federation,
+                stored or new_state(federation),
                 callbacks=[
                     RoundProgress(console=self.console),
                     MetricsFile(path=self.folder.path / "metrics.jsonl"),
@@ -222,7 +223,7 @@ class Experiment:
 
         together = make_cohort_handlers(self.runtime)
         app = make_client_app(self.runtime)
-        self._on_grid(work, lambda: LocalGrid(app, seen, cohort_handlers=together))
+        state = self._on_grid(work, lambda: LocalGrid(app, seen, cohort_handlers=together))
         self._save_policy(state.best_lambda)
         return state
 

@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -251,7 +250,8 @@ class ClientRuntime:
         )
         client.learner.single = self.learner.single
         loader: DataLoader[Episode] = DataLoader(episodes, batch_size=None, collate_fn=_as_it_is)  # type: ignore[arg-type]  # a list will do
-        quiet_trainer(self.trainer_arguments).fit(client, loader)
+        # The validation loss is part of an episode; Lightning's own validation would fine-tune once more.
+        quiet_trainer(self.trainer_arguments | {"limit_val_batches": 0}).fit(client, loader, loader)
         after = {name: p.detach().to(lambda_[name]) for name, p in nets.named_parameters()}
         assert client.hyperparameters is not None
         recipe = Hyperparameters(*(t.detach().to(self.meta_nets.base_lr) for t in client.hyperparameters))
@@ -280,8 +280,6 @@ def quiet_trainer(arguments: dict[str, Any]) -> L.Trainer:
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,
         "max_epochs": -1,
-        # L_V is part of the training step; Lightning's own validation would fine-tune once more.
-        "check_val_every_n_epoch": sys.maxsize,
     }
     if arguments.get("devices", "auto") == "auto":
         arguments = arguments | {"devices": 1}  # many clients, each on one device
