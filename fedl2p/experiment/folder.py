@@ -1,13 +1,11 @@
 """A run's folder: made once, never overwritten, every file written whole."""
 
-import json
-import math
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from fedl2p.errors import RunFolderError
-from fedl2p.io import write_atomically
+from fedl2p.io import read_json, write_atomically, write_json
 
 
 class RunFolder:
@@ -78,7 +76,7 @@ class RunFolder:
 
     def write_json(self, name: str, content: Any) -> None:
         """Writes a JSON file; numbers that are not finite become null."""
-        write_atomically(self.path / name, json.dumps(_plain(content), indent=2) + "\n")
+        write_json(self.path / name, content)
 
     def read_json(self, name: str) -> Any:
         """Reads a JSON file, or None if there is none.
@@ -86,16 +84,4 @@ class RunFolder:
         Raises:
             RunFolderError: it is damaged.
         """
-        path = self.path / name
-        try:
-            return json.loads(path.read_text()) if path.exists() else None
-        except ValueError as error:
-            raise RunFolderError(f"The file {path} is damaged ({error}); delete it to make it anew.") from error
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return read_json(self.path / name)

@@ -19,8 +19,9 @@ from fedl2p.experiment.build import build_data
 from fedl2p.experiment.config import load_config
 from fedl2p.experiment.run import collect
 from fedl2p.experiment.stages import Experiment
-from fedl2p.federation.checkpoint import load_state, load_tensors
+from fedl2p.federation.checkpoint import load_state
 from fedl2p.federation.state import MetaState, RoundCallback, RoundRecord
+from fedl2p.io import load_tensors
 from fedl2p.models import SmallConvNet
 from fedl2p.policy import load_policy
 
