@@ -89,18 +89,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(config: "Config", *, resume: bool = False) -> int:
     """`fedl2p run`."""
     print("Loading ...", file=sys.stderr)
-    from fedl2p.experiment.run import run_and_report
+    from fedl2p.experiment.run import run as run_experiment
 
-    run_and_report(config, resume=resume)
+    run_experiment(config, resume=resume)
     return 0
 
 
 def data(config: "Config", *, picture: str | None = None, all_clients: bool = False) -> int:
     """`fedl2p data`."""
     print("Loading ...", file=sys.stderr)
-    from fedl2p.experiment.inspect_data import show_split
+    from fedl2p.experiment.inspect_data import inspect_data
 
-    show_split(config, picture=picture, all_clients=all_clients)
+    inspect_data(config, picture=picture, all_clients=all_clients)
     return 0
 
 

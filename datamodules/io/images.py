@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fedl2p.errors import DataError
+from fedl2p.progress import ProgressBar
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -82,15 +83,10 @@ def _wait(readings: Sequence[Future[None]]) -> None:
         done += 1
     if done == len(readings):
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("Reading images", total=len(readings), completed=done)
+    with ProgressBar("Reading images", len(readings), done=done, transient=True) as bar:
         for reading in readings[done:]:
             reading.result()
-            progress.advance(task)
+            bar.advance()
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from fedl2p.core.meta_nets import MetaNets
 from fedl2p.datamodules.base.federated import FederatedDataModule
 from fedl2p.errors import ConfigError, DataError, FedL2PError, ModelError
 from fedl2p.experiment.config import COHORT_PRECISIONS, ComponentConfig, Config, from_yaml, to_yaml, trainer_only
+from fedl2p.experiment.folder import RunFolder
 from fedl2p.federation.client_app import add_identity_handler, add_meta_handlers
 from fedl2p.federation.runtime import ClientRuntime, quiet_trainer
 from fedl2p.io import load_tensors
@@ -117,6 +118,12 @@ def build_data(config: Config) -> FederatedDataModule:
             f"allowed is {1 / seen:.3g} or more."
         )
     return data
+
+
+def fingerprint(data: FederatedDataModule) -> dict[str, str]:
+    """A hash of each client's samples by the client's name, which tells whether another process has the same data."""
+    found: dict[str, str] = getattr(data, "fingerprint", dict)()
+    return found
 
 
 def build_model(config: Config) -> nn.Module:
@@ -273,21 +280,23 @@ def build_remote_app(config: Config, folder: Path) -> ClientApp:
 
 
 @functools.cache
-def _remote_data(config_yaml: str) -> tuple[Config, FederatedDataModule]:
+def _remote_data(config_yaml: str, folder: str) -> tuple[Config, FederatedDataModule]:
     config = from_yaml(config_yaml)
     torch.set_num_threads(config.threads or 1)
-    return config, build_data(config)
+    data = build_data(config)
+    RunFolder(folder).require_same_data(fingerprint(data))
+    return config, data
 
 
 @functools.cache
 def _remote_training(config_yaml: str, folder: str) -> LocalTraining:
-    config, data = _remote_data(config_yaml)
+    config, data = _remote_data(config_yaml, folder)
     return build_training(config, data, build_model(config))
 
 
 @functools.cache
 def _remote_runtime(config_yaml: str, folder: str) -> ClientRuntime:
-    config, data = _remote_data(config_yaml)
+    config, data = _remote_data(config_yaml, folder)
     model = build_model(config)
     model.load_state_dict(load_tensors(Path(folder) / GLOBAL_MODEL))
     return build_runtime(config, data, model, base_lr=0.0, statistics_folder=Path(folder) / "statistics")

@@ -213,6 +213,6 @@ def test_errors_while_running_have_codes_of_their_own(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise error
 
-    monkeypatch.setattr(main_job, "run_and_report", fail)
+    monkeypatch.setattr(main_job, "run", fail)
     assert main(["run", DIGITS, *TINY]) == code
     assert words in capsys.readouterr().err
