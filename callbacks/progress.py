@@ -3,7 +3,7 @@
 from rich.console import Console
 
 from fedl2p.federation.state import MetaState, RoundCallback, RoundRecord
-from fedl2p.progress import ProgressBar
+from fedl2p.progress import ProgressBar, duration
 
 PLAIN_LINES = 10  # about so many lines a run where there is no terminal
 
@@ -60,7 +60,7 @@ class RoundProgress(RoundCallback):
         remaining = self._rounds - state.round
         if self._seconds and remaining > 0:
             seconds = sum(self._seconds) / len(self._seconds) * remaining
-            line += f", about {_duration(seconds)} left"
+            line += f", about {duration(seconds)} left"
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _stop(self) -> None:
@@ -74,9 +74,3 @@ def _losses(state: MetaState) -> str:
         return "measuring the start"
     now = state.history[-1].val_loss
     return f"val loss {now:.4f}, best {state.best_loss:.4f} (round {state.best_round})"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

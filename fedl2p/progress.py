@@ -110,3 +110,10 @@ class ProgressBar:
         """Sets how much is done, and the words beside the bar."""
         if self._progress is not None:
             self._progress.update(self._task, completed=done, note=note)
+
+
+def duration(seconds: float) -> str:
+    """Such as `2 h 05 min`, `3 min 20 s` or `7 s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
