@@ -13,9 +13,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 
 from fedl2p.datamodules.base.arrays import ArrayDataset
+from fedl2p.datamodules.base.fingerprint import client_hash, reads_a_set
 from fedl2p.datamodules.base.split import Split
+from fedl2p.datamodules.base.validation import check_clients
 from fedl2p.errors import DataError
 from fedl2p.pools import POOLS, ROLES
+from fedl2p.seeding import derive_seed, seeded_generators
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -167,7 +170,11 @@ class FederatedDataModule(L.LightningDataModule, ABC):
 
     @abstractmethod
     def build_clients(self) -> Iterable[ClientData]:
-        """Every client of the federation; a client's position is its id. Called once."""
+        """Every client of the federation; a client's position is its id. Called once.
+
+        The global generators of torch, NumPy and Python are seeded from `seed` meanwhile, so that data which are drawn
+        from them are the same on each start.
+        """
 
     def setup(self, stage: str | None = None) -> None:
         """Builds the clients at the first call and checks them.
@@ -182,7 +189,8 @@ class FederatedDataModule(L.LightningDataModule, ABC):
         if self._clients is None:
             if not hasattr(self, "num_classes"):
                 raise DataError(f"{type(self).__name__} does not set num_classes; it must be a whole number.")
-            clients = tuple(self.build_clients())
+            with seeded_generators(derive_seed(self.seed, "clients")):
+                clients = tuple(self.build_clients())
             _check_clients(clients)
             self._clients = clients
 
@@ -221,6 +229,32 @@ class FederatedDataModule(L.LightningDataModule, ABC):
         """How many train, val and test samples a client has."""
         client = self.clients[client_id]
         return _size(client.train), _size(client.val), _size(client.test)
+
+    def check(self) -> None:
+        """Looks at the samples before they are used: all that are in memory, others for a few seconds.
+
+        Raises:
+            DataError: Naming the client: a sample of any role cannot be read, inputs differ in shape, are no floats or
+                are not finite in float32, or a label is no whole number below `num_classes`.
+        """
+        with seeded_generators(derive_seed(self.seed, "check")):
+            check_clients(self.clients, self.num_classes)
+
+    def fingerprint(self) -> dict[str, str]:
+        """A short hash of each client's data by the client's name, the same in every process and on each start.
+
+        Hashed are a client's pool and domain and, for each role, the number of samples and the samples: inputs as they
+        are kept (before any normalization, whose numbers are hashed too), and labels. Data sets in memory
+        (`ArrayDataset`, `TensorDataset`) are hashed whole. Of others some samples are read, evenly spaced, about 4,000
+        over all clients and at least one of each set, with the global generators seeded, for those with random
+        transforms.
+
+        Raises:
+            DataError: If a sample cannot be read.
+        """
+        reads = reads_a_set(len(self.clients))
+        with seeded_generators(derive_seed(self.seed, "fingerprint")):
+            return {client.name: client_hash(client, reads) for client in self.clients}
 
     def to(self, device: torch.device | str) -> None:
         """Keeps the samples of `ArrayDataset`s on a device from now on; other data sets stay as they are."""

@@ -4,10 +4,11 @@ import contextlib
 import hashlib
 import http.client
 import os
-import sys
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,11 +16,11 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
-    track,
 )
 
 from fedl2p.errors import DataError
@@ -56,10 +57,26 @@ def missing_data(what: str, *, looked_for: Path | str, get: str) -> DataError:
     )
 
 
-def with_bar(items: Sequence[Item], description: str) -> Iterable[Item]:
-    """The items in order, with a bar on standard error that goes when all are done; none where it is no terminal."""
-    console = Console(stderr=True, quiet=not sys.stderr.isatty())
-    return track(items, description=description, console=console, transient=True)
+def with_bar(items: Sequence[Item], description: str, *, patience: float = 2.0) -> Iterator[Item]:
+    """The items in order, with a bar on standard error where they take long and it is a terminal.
+
+    Args:
+        items: What takes time between one and the next.
+        description: Left of the bar, such as "Reading images".
+        patience: Seconds after which the bar appears; it goes when all is done.
+    """
+    console = Console(stderr=True)
+    start = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        advance: Callable[[], None] | None = None
+        for done, item in enumerate(items):
+            if advance is None and console.is_terminal and time.monotonic() - start >= patience:
+                columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+                bar = stack.enter_context(Progress(*columns, console=console, transient=True))
+                advance = partial(bar.advance, bar.add_task(description, total=len(items), completed=done))
+            yield item
+            if advance is not None:
+                advance()
 
 
 def download(url: str, path: Path, *, sha256: str) -> None:

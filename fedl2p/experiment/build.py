@@ -103,6 +103,7 @@ def build_data(config: Config) -> FederatedDataModule:
     try:
         data.prepare_data()
         data.setup()
+        data.check()
         seen = len(data.pool("seen"))
     except DataError as error:
         raise ConfigError(f"data.init_args: {error}") from error

@@ -56,7 +56,9 @@ def test_the_words_are_attributes_too() -> None:
 
 
 def test_an_unknown_argument_is_refused_with_what_is_known() -> None:
-    with pytest.raises(DataError, match="Stars takes no 'alhpa'; it takes brightness, domains, batch_size, seed, alpha"):
+    with pytest.raises(
+        DataError, match="Stars takes no 'alhpa'; it takes brightness, domains, batch_size, seed, alpha"
+    ):
         Stars(alhpa=0.5)
     with pytest.raises(DataError, match="takes no 'seen_clients'"):
         Stars(seen_clients=5)
