@@ -90,9 +90,10 @@ class ProgressBar:
         self.stop()
 
     def start(self) -> None:
-        """Draws the bar."""
+        """Draws the bar; a second call changes nothing."""
         if self._announcement is not None:
             self.console.print(self._announcement, markup=False, highlight=False)
+            self._announcement = None
         if self._progress is not None:
             self._progress.start()
 

@@ -3,9 +3,10 @@
 import hashlib
 import http.client
 import os
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -44,12 +45,23 @@ def missing_data(what: str, *, looked_for: Path | str, get: str) -> DataError:
     )
 
 
-def with_bar(items: Sequence[Item], description: str) -> Iterable[Item]:
-    """The items in order, with a bar on standard error that goes when all are done; none where it is no terminal."""
-    with ProgressBar(description, len(items), transient=True) as bar:
+def with_bar(items: Sequence[Item], description: str, *, patience: float = 2.0) -> Iterator[Item]:
+    """The items in order, with a bar on standard error where they take long and it is a terminal.
+
+    Args:
+        items: What takes time between one and the next.
+        description: Left of the bar, such as "Reading images".
+        patience: Seconds after which the bar appears; it goes when all is done.
+    """
+    bar, start = ProgressBar(description, len(items), transient=True), time.monotonic()
+    try:
         for item in items:
+            if time.monotonic() - start >= patience:
+                bar.start()
             yield item
             bar.advance()
+    finally:
+        bar.stop()
 
 
 def download(url: str, path: Path, *, sha256: str) -> None:

@@ -104,6 +104,7 @@ def build_data(config: Config) -> FederatedDataModule:
     try:
         data.prepare_data()
         data.setup()
+        data.check()
         seen = len(data.pool("seen"))
     except DataError as error:
         raise ConfigError(f"data.init_args: {error}") from error
@@ -118,12 +119,6 @@ def build_data(config: Config) -> FederatedDataModule:
             f"allowed is {1 / seen:.3g} or more."
         )
     return data
-
-
-def fingerprint(data: FederatedDataModule) -> dict[str, str]:
-    """A hash of each client's samples by the client's name, which tells whether another process has the same data."""
-    found: dict[str, str] = getattr(data, "fingerprint", dict)()
-    return found
 
 
 def build_model(config: Config) -> nn.Module:
@@ -284,7 +279,7 @@ def _remote_data(config_yaml: str, folder: str) -> tuple[Config, FederatedDataMo
     config = from_yaml(config_yaml)
     torch.set_num_threads(config.threads or 1)
     data = build_data(config)
-    RunFolder(folder).require_same_data(fingerprint(data))
+    RunFolder(folder).require_same_data(data.fingerprint())
     return config, data
 
 

@@ -19,7 +19,6 @@ from fedl2p.experiment.build import (
     build_remote_app,
     check_model,
     check_trainer,
-    fingerprint,
 )
 from fedl2p.experiment.config import Config, to_yaml
 from fedl2p.experiment.folder import RunFolder
@@ -120,7 +119,7 @@ def prepare(config: Config, *, resume: bool = False, console: Console | None = N
         model=model,
         console=console or Console(stderr=True),
         resume=resume,
-        fingerprint=fingerprint(data),
+        fingerprint=data.fingerprint(),
     )
     folder.require_same_data(context.fingerprint)
     return context

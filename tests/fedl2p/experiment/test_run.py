@@ -170,7 +170,9 @@ def test_a_resumed_run_goes_on_with_its_wandb_run(mine: str, tmp_path: Path, mon
 
     class Fake:
         id, step = "an-id", 0
-        summary: dict[str, float] = {}
+
+        def __init__(self) -> None:
+            self.summary: dict[str, float] = {}
 
         def log(self, *arguments: object, **options: object) -> None:
             pass
