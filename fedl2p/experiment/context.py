@@ -100,6 +100,8 @@ def prepare(config: Config, *, resume: bool = False, console: Console | None = N
         torch.set_num_threads(config.threads)
     folder = RunFolder(config.output_dir)
     folder.require_usable(resume=resume)
+    if resume:
+        folder.require_same(to_yaml(config))
     check_trainer(config)
     if not config.baselines.tune:
         given_rates(config.baselines.tuned_rates)
@@ -110,8 +112,6 @@ def prepare(config: Config, *, resume: bool = False, console: Console | None = N
     if config.pretraining.weights is not None:
         model = with_weights(model, Path(config.pretraining.weights), "pretraining.weights")
     check_model(config, data, model)
-    if resume:
-        folder.require_same(to_yaml(config))
     context = RunContext(
         config=config,
         folder=folder,

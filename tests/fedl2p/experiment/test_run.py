@@ -118,7 +118,7 @@ def test_a_finished_run_that_gets_more_rounds_is_the_longer_run(mine: str, tmp_p
 def test_nothing_else_may_change_with_the_rounds(mine: str, tmp_path: Path) -> None:
     run(mine, f"output_dir={tmp_path / 'run'}", quiet=True)
     before = (tmp_path / "run" / "config.yaml").read_text()
-    for change in ("federation.patience=7", "pretraining.rounds=3"):
+    for change in ("federation.patience=7", "pretraining.epochs=3"):
         with pytest.raises(RunFolderError, match=r"Only federation\.rounds may grow"):
             run(mine, "federation.rounds=3", change, f"output_dir={tmp_path / 'run'}", resume=True)
     assert (tmp_path / "run" / "config.yaml").read_text() == before
@@ -350,7 +350,7 @@ def test_rates_of_an_earlier_run_spare_the_search(
 def test_a_dry_run_prints_clients_steps_time_and_memory_and_writes_nothing(
     mine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["run", mine, "--dry-run", f"output_dir={tmp_path / 'run'}"]) == 0
+    assert main(["run", mine, f"output_dir={tmp_path / 'run'}", "--dry-run"]) == 0
     out = capsys.readouterr().out
     for words in ("3 seen, 2 unseen", "tuning", "rounds", "l2p", "evaluation", "inner steps", "hours", "GB"):
         assert words in out
