@@ -23,9 +23,10 @@ from fedl2p.errors import ConfigError, DataError, FedL2PError, ModelError
 from fedl2p.experiment.config import COHORT_PRECISIONS, ComponentConfig, Config, from_yaml, to_yaml, trainer_only
 from fedl2p.experiment.folder import RunFolder
 from fedl2p.federation.client_app import add_identity_handler, add_meta_handlers
+from fedl2p.federation.fedavg import add_pretrain_handler
 from fedl2p.federation.runtime import ClientRuntime, quiet_trainer
 from fedl2p.io import load_tensors
-from fedl2p.pretraining.fedavg import LocalTraining, add_pretrain_handler
+from fedl2p.pretraining.fedavg import LocalTraining
 from fedl2p.seeding import derive_seed
 
 GLOBAL_MODEL = "global_model.safetensors"  # in a run's folder

@@ -91,7 +91,17 @@ class RayConfig:
 
 @dataclass
 class FederationConfig:
-    """The rounds."""
+    """The rounds.
+
+    Attributes:
+        aggregation: how the clients' updates become one: `mean`, weighted by samples (Algorithm 1), or, where clients
+            may lie, `median`, `trimmed_mean` or `krum`.
+        max_update_norm: the longest update that a client may send; longer ones are shortened. `auto` is ten times the
+            median of the round; null is no limit.
+        max_client_weight: the largest share of a round that one client can weigh, whatever number of samples it names.
+        max_loss_ratio: a round whose validation loss is more than so many times the best one is rolled back; null
+            never does.
+    """
 
     rounds: int = 100
     client_fraction: float = 0.1
@@ -102,6 +112,10 @@ class FederationConfig:
     validation_fraction: float = 1.0
     min_reply_fraction: float = 0.5
     meta_lr_decay: str = "none"
+    aggregation: str = "mean"
+    max_update_norm: Any = "auto"
+    max_client_weight: float = 0.75
+    max_loss_ratio: float | None = 3.0
 
 
 @dataclass
@@ -292,6 +306,12 @@ def check(config: Config) -> Config:
     require(federation.ray.num_cpus > 0, "federation.ray.num_cpus", federation.ray.num_cpus, "above 0")
     at_least("federation.ray.num_gpus", federation.ray.num_gpus, 0)
     one_of("federation.meta_lr_decay", federation.meta_lr_decay, ["none", "cosine"])
+    one_of("federation.aggregation", federation.aggregation, ["mean", "median", "trimmed_mean", "krum"])
+    norm, ratio = federation.max_update_norm, federation.max_loss_ratio
+    positive = isinstance(norm, int | float) and not isinstance(norm, bool) and 0 < norm < math.inf
+    require(positive or norm in ("auto", None), "federation.max_update_norm", norm, "above 0, 'auto' or null")
+    fraction("federation.max_client_weight", federation.max_client_weight)
+    at_least("federation.max_loss_ratio", 1 if ratio is None else ratio, 1)
     at_least("client.finetune_epochs", client.finetune_epochs, 1)
     at_least("client.meta_iterations", client.meta_iterations, 1)
     require(0 < client.clip_value < math.inf, "client.clip_value", client.clip_value, "above 0")
@@ -316,8 +336,8 @@ def check(config: Config) -> Config:
     weights = pretraining.weights
     require(weights is None or Path(weights).is_file(), "pretraining.weights", weights, "an existing file, or null")
     rates = config.baselines.rates
-    positive = len(set(rates)) >= 2 and all(rate > 0 and math.isfinite(rate) for rate in rates)
-    require(positive, "baselines.rates", rates, "two or more different positive rates")
+    different = len(set(rates)) >= 2 and all(rate > 0 and math.isfinite(rate) for rate in rates)
+    require(different, "baselines.rates", rates, "two or more different positive rates")
     tuned = config.baselines.tuned_rates
     positive = all(rate > 0 and math.isfinite(rate) for rate in tuned.values())
     require(positive, "baselines.tuned_rates", tuned, "a positive rate for each method")

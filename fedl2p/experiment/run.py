@@ -117,7 +117,7 @@ def run_stages(context: RunContext, callbacks: Sequence[RoundCallback] = ()) -> 
         rates = stage("tuning", tuned_rates, folder / "checkpoints" / "tuning.json", runtime)
         base_lr = initial_base_lr(context, rates)
         start = initial_lambda(runtime, base_lr)
-        state = stage("rounds", learned_state, folder / "checkpoints" / ROUNDS, runtime, start, callbacks)
+        state = stage("rounds", learned_state, folder / "checkpoints" / ROUNDS, runtime, base_lr, callbacks)
         local = stage("l2p", local_policies, folder / "checkpoints" / "l2p.safetensors", runtime, start, state)
         methods = stage("evaluation", measured_methods, runtime, rates, base_lr, state, local)
     return Outcome(model, runtime, start, state, methods, timings)

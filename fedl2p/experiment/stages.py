@@ -30,14 +30,13 @@ from fedl2p.experiment.methods import (
 )
 from fedl2p.federation.checkpoint import load_state, save_state
 from fedl2p.federation.client_app import make_client_app, make_cohort_handlers
+from fedl2p.federation.fedavg import make_pretrain_app, pretrain
 from fedl2p.federation.local import LocalGrid
-from fedl2p.federation.rounds import run_rounds, standardize_inputs
+from fedl2p.federation.rounds import RoundSettings, decayed, new_state, run_rounds, set_up
 from fedl2p.federation.runtime import ClientRuntime
 from fedl2p.federation.state import MetaState, RoundCallback
-from fedl2p.federation.strategy import FedL2PStrategy, decayed
 from fedl2p.io import read_json, read_tensors, write_json, write_tensors
 from fedl2p.policy import policy_metadata
-from fedl2p.pretraining.fedavg import make_pretrain_app, pretrain
 
 SAVE_SECONDS = 30  # between two checkpoints of L2P
 
@@ -135,7 +134,7 @@ def learned_state(
     context: RunContext,
     file: Path,
     runtime: ClientRuntime,
-    start: Tensors,
+    base_lr: float,
     callbacks: Sequence[RoundCallback] = (),
 ) -> MetaState:
     """Stage 3: Algorithm 1. Beside its own file it writes `metrics.jsonl` and the policy.
@@ -143,42 +142,41 @@ def learned_state(
     Args:
         context: of the run.
         file: the state after the last round that is complete.
-        runtime: the clients.
-        start: lambda before the first round.
+        runtime: the clients; its nets are made ready to read them.
+        base_lr: what every eta~ starts with.
         callbacks: look on.
     """
-    config, seen, path = context.config.federation, context.data.pool("seen"), context.folder.path
-    strategy = FedL2PStrategy(
-        like=start,
-        names={client_id: context.data.clients[client_id].name for client_id in seen},
+    config, path = context.config.federation, context.folder.path
+    names = {client_id: context.data.clients[client_id].name for client_id in context.data.pool("seen")}
+    settings = RoundSettings(
+        rounds=config.rounds,
+        patience=config.patience,
         client_fraction=config.client_fraction,
         validation_fraction=config.validation_fraction,
         min_reply_fraction=config.min_reply_fraction,
-        rounds=config.rounds,
         meta_lr_decay=config.meta_lr_decay,  # type: ignore[arg-type]  # checked by config.check
+        aggregation=config.aggregation,  # type: ignore[arg-type]  # likewise
+        max_update_norm=config.max_update_norm,
+        max_client_weight=config.max_client_weight,
+        max_loss_ratio=config.max_loss_ratio,
         seed=context.config.seed,
     )
-    state = load_state(file.parent) or MetaState(lambda_=start, best_lambda=start)
     looking_on = [RoundProgress(console=context.console), MetricsFile(path=path / "metrics.jsonl"), *callbacks]
 
     def work(grid: Grid) -> MetaState:
-        strategy.discover(grid)
-        if context.config.meta_nets.standardize:
-            standardize_inputs(runtime.meta_nets, strategy)
-        strategy.net_inputs = dict(runtime.meta_nets.named_buffers())
+        standardize = context.config.meta_nets.standardize
+        federation = set_up(grid, runtime.meta_nets, names, settings, base_lr=base_lr, standardize=standardize)
         return run_rounds(
             grid,
-            strategy,
-            state,
-            rounds=config.rounds,
-            patience=config.patience,
+            federation,
+            load_state(file.parent) or new_state(federation),
             callbacks=looking_on,
             save=lambda current: save_state(file.parent, current),
         )
 
     together = None if runtime.through_trainer else make_cohort_handlers(runtime)
     app = make_client_app(runtime)
-    context.on_grid(work, lambda: LocalGrid(app, seen, cohort_handlers=together))
+    state = context.on_grid(work, lambda: LocalGrid(app, names, cohort_handlers=together))
     write_policy(path / "meta_nets.safetensors", runtime.meta_nets, state.best_lambda)
     return state
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -76,7 +77,7 @@ def load_state(folder: Path) -> MetaState | None:
         parts.setdefault(part, {})[name] = tensor
     try:
         numbers = json.loads(metadata["state"])
-        history = [RoundRecord(**{**r, "clients": tuple(r["clients"])}) for r in numbers["history"]]
+        history = [_record(r) for r in numbers["history"]]
     except (KeyError, TypeError, ValueError) as error:
         raise RunFolderError(f"The file {path} is no checkpoint of rounds; delete or replace it.") from error
     return MetaState(
@@ -86,3 +87,9 @@ def load_state(folder: Path) -> MetaState | None:
         best_round=numbers["best_round"],
         history=history,
     )
+
+
+def _record(values: dict[str, Any]) -> RoundRecord:
+    # Files of earlier versions have no `clipped`.
+    lists = {key: tuple(values.get(key, ())) for key in ("clients", "clipped")}
+    return RoundRecord(**(values | lists))

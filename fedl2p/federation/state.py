@@ -17,6 +17,8 @@ class RoundRecord:
         meta_loss: the sampled clients' mean validation loss while they trained, weighted by N_i; None in round 0.
         clients: names of the clients whose updates were averaged.
         failures: by name, why a client was left out.
+        clipped: names of the clients whose update was too long, and was shortened.
+        rolled_back: whether `val_loss` was so bad that the next round starts from the best lambda instead.
         skipped_steps: meta iterations that were not finite and changed nothing.
         seconds: wall time of the round.
     """
@@ -26,6 +28,8 @@ class RoundRecord:
     meta_loss: float | None = None
     clients: tuple[str, ...] = ()
     failures: dict[str, str] = field(default_factory=dict)
+    clipped: tuple[str, ...] = ()
+    rolled_back: bool = False
     skipped_steps: int = 0
     seconds: float = 0.0
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from fedl2p.core.hypergradients import Unrolled
 from fedl2p.core.meta_nets import MetaNets
 from fedl2p.datamodules.base.federated import ClientData, FederatedDataModule
 from fedl2p.errors import ConfigError, FederationError
+from fedl2p.federation import rounds
 from fedl2p.federation.checkpoint import load_state, save_state
 from fedl2p.federation.client_app import make_client_app, make_cohort_handlers
 from fedl2p.federation.local import LocalGrid, flower_run
-from fedl2p.federation.rounds import run_rounds, standardize_inputs
+from fedl2p.federation.messages import from_arrays, to_arrays
+from fedl2p.federation.rounds import RoundSettings, Validation, new_state, run_rounds, set_up
 from fedl2p.federation.runtime import ClientRuntime, quiet_trainer
 from fedl2p.federation.state import MetaState, RoundCallback, RoundRecord
 from fedl2p.federation.strategy import FedL2PStrategy
@@ -88,39 +91,29 @@ class Faulty(ClientRuntime):
 class Federation:
     """Everything that rounds need."""
 
-    def __init__(self, *, runtime: dict[str, Any] | None = None, **strategy: Any) -> None:
+    def __init__(self, *, runtime: dict[str, Any] | None = None, **settings: Any) -> None:
         data = Tiny(batch_size=6)
         model = convert_batchnorm(seeded(ConvNet).float())
         torch.manual_seed(5)
-        settings: dict[str, Any] = {
+        options: dict[str, Any] = {
             "estimator": Unrolled(),
             "meta_iterations": 2,
             "finetune_epochs": 1,
             "meta_lr": {"bn_net": 0.1, "lr_net": 0.1, "base_lr": 0.02},
             "seed": 3,
         }
-        self.runtime = Faulty(data, model, MetaNets(model, base_lr=0.1), **(settings | (runtime or {})))
+        self.runtime = Faulty(data, model, MetaNets(model, base_lr=0.1), **(options | (runtime or {})))
         handlers = None if self.runtime.through_trainer else make_cohort_handlers(self.runtime)
         self.grid = LocalGrid(make_client_app(self.runtime), data.pool("seen"), cohort_handlers=handlers)
-        self.strategy = FedL2PStrategy(
-            **{  # type: ignore[arg-type]
-                "like": self.runtime.lambda_(),
-                "names": {i: data.clients[i].name for i in data.pool("seen")},
-                "client_fraction": 0.5,
-                "seed": 3,
-                **strategy,
-            }
-        )
-        self.strategy.discover(self.grid)
-        standardize_inputs(self.runtime.meta_nets, self.strategy)
+        self.settings = RoundSettings(**{"client_fraction": 0.5, "seed": 3, **settings})
+        names = {i: data.clients[i].name for i in data.pool("seen")}
+        self.federation = set_up(self.grid, self.runtime.meta_nets, names, self.settings)
         self.start = self.runtime.lambda_()
 
-    def new_state(self) -> MetaState:
-        return MetaState(lambda_=self.start, best_lambda=self.start)
-
     def run(self, rounds: int = 2, patience: int = 100, state: MetaState | None = None, **options: Any) -> MetaState:
-        state = self.new_state() if state is None else state
-        return run_rounds(self.grid, self.strategy, state, rounds=rounds, patience=patience, **options)
+        settings = replace(self.settings, rounds=rounds, patience=patience)
+        federation = replace(self.federation, settings=settings)
+        return run_rounds(self.grid, federation, state or new_state(federation), **options)
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -262,7 +255,7 @@ def test_double_precision_in_the_trainer_lasts_as_long_as_the_fit() -> None:
 
 def test_standardized_inputs_have_mean_0_and_sd_1_over_participants() -> None:
     federation = Federation()
-    participants = federation.strategy.participants.values()
+    participants = federation.federation.participants
     net = federation.runtime.meta_nets.lr_net
     inputs = torch.stack([p.layer_moments for p in participants])
     scaled = (net.transform(inputs) - net.input_shift) / net.input_scale
@@ -298,7 +291,7 @@ def test_a_client_that_raises_is_left_out_and_the_others_count(cohort_size: int)
 def test_too_few_good_clients_end_the_rounds_with_the_reason() -> None:
     federation = Federation(client_fraction=1.0)
     federation.runtime.breaks = lambda client_id, work, number: client_id != 0 and work == "train"
-    state = federation.new_state()
+    state = new_state(federation.federation)
     with pytest.raises(FederationError, match=r"Round 1: 1 of 6.*3 are needed.*client 1 cannot"):
         federation.run(3, state=state)
     assert state.round == 0
@@ -329,6 +322,24 @@ def test_steps_that_are_not_finite_are_counted() -> None:
     assert same(state.lambda_, state.best_lambda)
 
 
+# Flower's own loop
+
+
+def test_flower_s_own_loop_gives_the_same_lambda_bit_for_bit() -> None:
+    federation = Federation()
+    expected = federation.run(2)
+    other = Federation()
+    settings = replace(other.settings, rounds=2)
+    strategy = FedL2PStrategy(replace(other.federation, settings=settings))
+    result = strategy.start(other.grid, to_arrays(other.start), num_rounds=2)
+    assert same(from_arrays(result.arrays, other.start), expected.lambda_)
+    measured = [result.evaluate_metrics_clientapp[number]["val-loss"] for number in (1, 2)]
+    assert measured == losses(expected)[1:]
+    assert [result.train_metrics_clientapp[number]["meta-loss"] for number in (1, 2)] == [
+        record.meta_loss for record in expected.history[1:]
+    ]
+
+
 # The best lambda
 
 
@@ -337,12 +348,15 @@ class Scripted(Federation):
 
     def __init__(self, script: list[float]) -> None:
         super().__init__(runtime={"meta_iterations": 1, "finetune_epochs": 1}, client_fraction=0.2)
-        remaining = iter(script)
+        self.remaining = iter(script)
 
-        def aggregate(number: int, replies: Any) -> dict[str, float]:
-            return {"val-loss": next(remaining)}
+    def run(self, *args: Any, **options: Any) -> MetaState:
+        def validate(*args: Any) -> Validation:
+            return Validation(loss=next(self.remaining), failures={})
 
-        self.strategy.aggregate_evaluate = aggregate  # type: ignore[assignment,method-assign]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(rounds, "validate", validate)
+            return super().run(*args, **options)
 
 
 class Recorder(RoundCallback):
