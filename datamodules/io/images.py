@@ -1,9 +1,8 @@
 """Image files of any kind, read into one array of bytes; and the augmentation that suits photographs."""
 
 import os
-import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
+from fedl2p.datamodules.io.files import with_bar
 from fedl2p.errors import DataError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
-_PATIENCE = 2.0  # seconds after which a progress bar appears
+_PATIENCE = 2.0  # seconds after which a bar appears
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -68,29 +68,11 @@ def read_images(
     with ThreadPoolExecutor(max_workers=threads) as pool:
         readings = [pool.submit(read, position) for position in range(len(paths))]
         try:
-            _wait(readings)
+            for reading in with_bar(readings, "Reading images", patience=_PATIENCE):
+                reading.result()
         finally:
             pool.shutdown(cancel_futures=True)  # after an error or an interruption nobody wants the rest
     return images
-
-
-def _wait(readings: Sequence[Future[None]]) -> None:
-    start = time.monotonic()
-    done = 0
-    while done < len(readings) and time.monotonic() - start < _PATIENCE:
-        readings[done].result()
-        done += 1
-    if done == len(readings):
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("Reading images", total=len(readings), completed=done)
-        for reading in readings[done:]:
-            reading.result()
-            progress.advance(task)
 
 
 @contextmanager

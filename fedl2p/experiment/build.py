@@ -22,10 +22,11 @@ from fedl2p.core.statistics import learnable_layer_names
 from fedl2p.datamodules.base.federated import FederatedDataModule
 from fedl2p.errors import ConfigError, DataError, FedL2PError, ModelError
 from fedl2p.experiment.config import ComponentConfig, Config, ValidationLoss, from_yaml, to_yaml, trainer_only
-from fedl2p.federation.checkpoint import load_tensors
+from fedl2p.experiment.folder import RunFolder
 from fedl2p.federation.client_app import add_identity_handler, add_meta_handlers
 from fedl2p.federation.fedavg import add_pretrain_handler
 from fedl2p.federation.runtime import ClientRuntime, quiet_trainer
+from fedl2p.io import load_tensors
 from fedl2p.pretraining.fedavg import LocalTraining
 from fedl2p.seeding import derive_seed
 
@@ -105,6 +106,7 @@ def build_data(config: Config) -> FederatedDataModule:
     try:
         data.prepare_data()
         data.setup()
+        data.check()
         seen = len(data.pool("seen"))
     except DataError as error:
         raise ConfigError(f"data.init_args: {error}") from error
@@ -280,21 +282,23 @@ def build_remote_app(config: Config, folder: Path) -> ClientApp:
 
 
 @functools.cache
-def _remote_data(config_yaml: str) -> tuple[Config, FederatedDataModule]:
+def _remote_data(config_yaml: str, folder: str) -> tuple[Config, FederatedDataModule]:
     config = from_yaml(config_yaml)
     torch.set_num_threads(config.threads or 1)
-    return config, build_data(config)
+    data = build_data(config)
+    RunFolder(folder).require_same_data(data.fingerprint())
+    return config, data
 
 
 @functools.cache
 def _remote_training(config_yaml: str, folder: str) -> LocalTraining:
-    config, data = _remote_data(config_yaml)
+    config, data = _remote_data(config_yaml, folder)
     return build_training(config, data, build_model(config))
 
 
 @functools.cache
 def _remote_runtime(config_yaml: str, folder: str) -> ClientRuntime:
-    config, data = _remote_data(config_yaml)
+    config, data = _remote_data(config_yaml, folder)
     model = build_model(config)
     model.load_state_dict(load_tensors(Path(folder) / GLOBAL_MODEL))
     return build_runtime(config, data, model, base_lr=0.0, statistics_folder=Path(folder) / "statistics")

@@ -4,7 +4,7 @@ Nothing heavy is imported here: a typo is reported before torch is loaded.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
@@ -121,9 +121,11 @@ class FederationConfig:
 
 @dataclass
 class BaselinesConfig:
-    """Which baselines run, and where the search for their rates starts."""
+    """Which baselines run, and where the search for their rates starts; without it they are given by method."""
 
     rates: list[float] = field(default_factory=lambda: [0.01, 0.03, 0.1, 0.3])
+    tune: bool = True
+    tuned_rates: dict[str, float] = field(default_factory=dict)  # those of an earlier run, for tune=false
     l2p: bool = True
     shuffled: bool = True
 
@@ -157,11 +159,15 @@ class Config:
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
 
-def load_config(arguments: Sequence[str]) -> Config:
+Source = str | Path | Mapping[str, Any] | Config
+"""A part of a configuration: the path of a YAML file, a `key=value` pair, nested keys and values, or a whole one."""
+
+
+def load_config(arguments: Sequence[Source]) -> Config:
     """Reads files and overrides in order; later ones win.
 
     Args:
-        arguments: paths of YAML files, and `key=value` pairs.
+        arguments: paths of YAML files, and `key=value` pairs; from Python also dictionaries and configurations.
 
     Returns:
         The resolved, checked configuration.
@@ -174,12 +180,12 @@ def load_config(arguments: Sequence[str]) -> Config:
         raise ConfigError("No configuration file is given; name one, for example configs/digits.yaml.")
     merged = _schema()
     for argument in arguments:
-        part = _override(argument) if _is_override(argument) else _file(argument)
+        part = _part(argument)
         _drop_old_arguments(merged, part)
         try:
             merged = OmegaConf.merge(merged, part)
         except OmegaConfBaseException as error:
-            raise ConfigError(_explain(error, argument)) from None
+            raise ConfigError(_explain(error, str(argument))) from None
     return check(_resolved(merged))
 
 
@@ -191,8 +197,16 @@ def _schema() -> Any:
     return schema
 
 
-def _is_override(argument: str) -> bool:
-    return "=" in argument and not Path(argument).is_file()
+def _is_override(argument: Source) -> bool:
+    return isinstance(argument, str) and "=" in argument and not Path(argument).is_file()
+
+
+def _part(argument: Source) -> DictConfig:
+    if isinstance(argument, Config):
+        return OmegaConf.structured(argument)
+    if isinstance(argument, Mapping):
+        return OmegaConf.create(dict(argument))
+    return _override(str(argument)) if _is_override(argument) else _file(str(argument))
 
 
 def _drop_old_arguments(merged: Any, part: DictConfig) -> None:
@@ -336,6 +350,11 @@ def check(config: Config) -> Config:
     rates = config.baselines.rates
     different = len(set(rates)) >= 2 and all(rate > 0 and math.isfinite(rate) for rate in rates)
     require(different, "baselines.rates", rates, "two or more different positive rates")
+    tuned = config.baselines.tuned_rates
+    positive = all(rate > 0 and math.isfinite(rate) for rate in tuned.values())
+    require(positive, "baselines.tuned_rates", tuned, "a positive rate for each method")
+    known = config.baselines.tune or base_lr is not None
+    require(known, "meta_nets.base_lr", base_lr, "a number where baselines.tune is false, since no rate is measured")
     one_of("wandb.mode", config.wandb.mode, [None, "online", "offline", "disabled"])
     return config
 

@@ -1,10 +1,10 @@
 """What the rounds pass on: the state that a checkpoint keeps, a record a round, and the callbacks' interface."""
 
-import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fedl2p.core.functional import Tensors
+from fedl2p.io import finite_or_none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +35,8 @@ class RoundRecord:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON, in which a loss that is not finite is null."""
-        values = asdict(self) | {"clients": list(self.clients), "clipped": list(self.clipped)}
-        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        plain: dict[str, Any] = finite_or_none(asdict(self))
+        return plain
 
 
 @dataclass(kw_only=True)
