@@ -137,8 +137,10 @@ class CIFAR10DataModule(DomainsDataModule):
     mean = MEAN
     std = STD
     split = Split(alpha=0.5, seen_clients=1000)
+    domain_names = ("cifar10",)
     split_keys = (
         "seed",
+        "domains",
         "alpha",
         "seen_clients",
         "unseen_clients",
