@@ -28,3 +28,8 @@ __all__ = [
     "SpeechCommandsDataModule",
     "TensorsDataModule",
 ]
+
+if __name__ == "datamodules":  # in a clone, by the folder's own name
+    from fedl2p._aliases import make_alias
+
+    make_alias(__name__, "fedl2p.datamodules")

@@ -14,11 +14,17 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from fedl2p.errors import ConfigError
+from fedl2p.experiment.shipped_configs import configuration_path
 
 
 @dataclass
 class ComponentConfig:
-    """A class by its import path, and its keyword arguments."""
+    """A class by its import path, and its keyword arguments.
+
+    Attributes:
+        class_path: import path of the class, or of a function that makes the object, as `package.module.Name`.
+        init_args: keyword arguments of that class.
+    """
 
     class_path: str = "???"
     init_args: dict[str, Any] = field(default_factory=dict)
@@ -26,7 +32,18 @@ class ComponentConfig:
 
 @dataclass
 class PretrainingConfig:
-    """How theta_g is made: FedAvg on a pool (the paper's CIFAR-10 takes the seen one), or weights from a file."""
+    """How the global model is made: by FedAvg on a pool of clients, or from a file of weights.
+
+    Attributes:
+        weights: a file of weights (.safetensors or .pt), in which case nothing is pretrained.
+        pool: the clients that train the global model, `pretrain` or `seen` (as in the paper's CIFAR-10).
+        rounds: how many rounds of FedAvg; 0 leaves the model as its class makes it.
+        client_fraction: part of the pool that trains in a round, above 0 and at most 1.
+        epochs: passes over its own data that a client makes in a round.
+        lr: learning rate of the clients' SGD.
+        lr_drops: rounds from which on the learning rate is a tenth of what it was.
+        momentum: momentum of the clients' SGD, from 0 to below 1.
+    """
 
     weights: str | None = None
     pool: str = "pretrain"
@@ -34,7 +51,7 @@ class PretrainingConfig:
     client_fraction: float = 1.0
     epochs: int = 1
     lr: float = 0.1
-    lr_drops: list[int] = field(default_factory=list)  # rounds from which on the rate is a tenth
+    lr_drops: list[int] = field(default_factory=list)
     momentum: float = 0.9
 
 
@@ -63,7 +80,13 @@ class ClientConfig:
 
 @dataclass
 class HypergradientConfig:
-    """The estimator and its arguments."""
+    """The estimator of the hypergradient and its arguments.
+
+    Attributes:
+        name: the estimator: `unrolled` (exact, through the steps of fine-tuning), `fomaml` (first order) or `ift`
+            (implicit differentiation, as in the paper).
+        init_args: keyword arguments of the estimator's class, as {steps: 10} for `unrolled`.
+    """
 
     name: str = "unrolled"
     init_args: dict[str, Any] = field(default_factory=dict)
@@ -71,7 +94,18 @@ class HypergradientConfig:
 
 @dataclass
 class MetaNetsConfig:
-    """How the nets are built; a base_lr of null is the best rate of FT (BN C, G, I)."""
+    """How the two networks are built, BNNet for beta and LRNet for eta.
+
+    Attributes:
+        base_lr: the learning rate that LRNet's outputs multiply at the start; null takes the best rate that the search
+            for plain fine-tuning finds.
+        initialization: how the networks' weights are drawn: `paper`, where a client's statistics hardly change the
+            recipe at first, or `responsive`, where they do from the first round on.
+        log_divergence: whether BNNet reads the logarithm of the divergences.
+        standardize: whether the networks' inputs are scaled to mean 0 and deviation 1 over the seen clients.
+        initial_beta: mixing of each batch norm before the first round, 0 (pretrained statistics) to 1 (the client's).
+        sample_count: whether both networks also read how many training samples the client has.
+    """
 
     base_lr: float | None = None
     initialization: str = "responsive"
@@ -83,7 +117,12 @@ class MetaNetsConfig:
 
 @dataclass
 class RayConfig:
-    """What engine `ray` gives a client that is running; fractions of a GPU are shared."""
+    """What engine `ray` gives a client that is running.
+
+    Attributes:
+        num_cpus: CPU cores for each running client.
+        num_gpus: GPUs for each running client; with a fraction, as 0.25, several clients share one.
+    """
 
     num_cpus: float = 1.0
     num_gpus: float = 0.0
@@ -91,14 +130,27 @@ class RayConfig:
 
 @dataclass
 class FederationConfig:
-    """The rounds."""
+    """The rounds in which clients learn the two networks together.
+
+    Attributes:
+        rounds: the most rounds that are run; 0 leaves the networks as they are at the start.
+        client_fraction: part of the seen clients that learn in a round, above 0 and at most 1.
+        patience: rounds without a lower validation loss after which the run stops.
+        engine: where clients run: `local` (in one process) or `ray` (over many processes and GPUs).
+        ray: see `RayConfig`.
+        cohort_size: how many clients of equal shapes are computed together: a number, or `auto`. 1, and `auto` where
+            `trainer` has a key that only a Trainer follows, give each client a Trainer of its own.
+        validation_fraction: part of the seen clients on whose validation data a round is judged, the same in all.
+        min_reply_fraction: part of a round's clients that must answer, or the run stops.
+        meta_lr_decay: how `client.meta_lr` falls over the rounds, `none` or `cosine`.
+    """
 
     rounds: int = 100
     client_fraction: float = 0.1
     patience: int = 100
     engine: str = "local"
     ray: RayConfig = field(default_factory=RayConfig)
-    cohort_size: Any = "auto"  # or a number; 1, and auto where trainer needs one, give each client a Trainer
+    cohort_size: Any = "auto"
     validation_fraction: float = 1.0
     min_reply_fraction: float = 0.5
     meta_lr_decay: str = "none"
@@ -106,7 +158,13 @@ class FederationConfig:
 
 @dataclass
 class BaselinesConfig:
-    """Which baselines run, and where the search for their rates starts."""
+    """Which baselines run, and where the search for their learning rates starts.
+
+    Attributes:
+        rates: learning rates that fine-tuning is tried with; the search goes beyond them where the best is at the edge.
+        l2p: whether each seen client also learns its recipe alone (L2P).
+        shuffled: whether FedL2P is also tested with each client given another client's statistics.
+    """
 
     rates: list[float] = field(default_factory=lambda: [0.01, 0.03, 0.1, 0.3])
     l2p: bool = True
@@ -115,7 +173,15 @@ class BaselinesConfig:
 
 @dataclass
 class WandbConfig:
-    """The W&B run; a mode of null is online where somebody is logged in and offline elsewhere."""
+    """The run in Weights & Biases.
+
+    Attributes:
+        enabled: whether the run is logged to Weights & Biases.
+        project: the W&B project that the run goes to.
+        name: what the run is called in W&B; null takes the name of the run's folder.
+        mode: how it is logged: `online`, `offline` or `disabled`; null is online where somebody is logged in and
+            offline elsewhere.
+    """
 
     enabled: bool = True
     project: str = "fedl2p"
@@ -125,11 +191,27 @@ class WandbConfig:
 
 @dataclass
 class Config:
-    """Everything that a run needs."""
+    """Everything that a run needs.
+
+    Attributes:
+        seed: the number that everything random in the run follows from.
+        output_dir: the run's folder; it is made, and must not hold another run.
+        threads: how many CPU threads torch uses; null leaves torch's choice.
+        data: the class of the data set, see `ComponentConfig`.
+        model: the class of the network, see `ComponentConfig`.
+        pretraining: see `PretrainingConfig`.
+        client: see `ClientConfig`.
+        hypergradient: see `HypergradientConfig`.
+        meta_nets: see `MetaNetsConfig`.
+        federation: see `FederationConfig`.
+        baselines: see `BaselinesConfig`.
+        trainer: arguments of lightning.Trainer, as accelerator, devices and precision.
+        wandb: see `WandbConfig`.
+    """
 
     seed: int = 0
     output_dir: str = "???"
-    threads: int | None = None  # of torch on the CPU; null leaves torch's choice
+    threads: int | None = None
     data: ComponentConfig = field(default_factory=ComponentConfig)
     model: ComponentConfig = field(default_factory=ComponentConfig)
     pretraining: PretrainingConfig = field(default_factory=PretrainingConfig)
@@ -146,7 +228,7 @@ def load_config(arguments: Sequence[str]) -> Config:
     """Reads files and overrides in order; later ones win.
 
     Args:
-        arguments: paths of YAML files, and `key=value` pairs.
+        arguments: paths of YAML files, names of configurations that come with fedl2p, and `key=value` pairs.
 
     Returns:
         The resolved, checked configuration.
@@ -156,7 +238,7 @@ def load_config(arguments: Sequence[str]) -> Config:
     """
     OmegaConf.register_resolver("now", lambda form: datetime.now().strftime(form), use_cache=True, replace=True)
     if all(_is_override(argument) for argument in arguments):
-        raise ConfigError("No configuration file is given; name one, for example configs/digits.yaml.")
+        raise ConfigError("No configuration file is given; name one, for example digits (`fedl2p configs` lists them).")
     merged = OmegaConf.structured(Config)
     for argument in arguments:
         part = _override(argument) if _is_override(argument) else _file(argument)
@@ -181,7 +263,8 @@ def _drop_old_arguments(merged: Any, part: DictConfig) -> None:
             merged[key].init_args = {}
 
 
-def _file(path: str) -> DictConfig:
+def _file(argument: str) -> DictConfig:
+    path = configuration_path(argument)
     try:
         content = OmegaConf.load(path)
     except FileNotFoundError:
