@@ -57,7 +57,13 @@ class PretrainingConfig:
 
 @dataclass
 class MetaLearningRates:
-    """zeta, a rate for each part of lambda."""
+    """A learning rate for each part that clients learn together.
+
+    Attributes:
+        bn_net: learning rate of BNNet's weights, at least 0.
+        lr_net: learning rate of LRNet's weights, at least 0.
+        base_lr: learning rate of the base rates that LRNet's outputs multiply, at least 0.
+    """
 
     bn_net: float = 1e-3
     lr_net: float = 1e-3
@@ -66,7 +72,19 @@ class MetaLearningRates:
 
 @dataclass
 class ClientConfig:
-    """The client's side of Algorithm 1."""
+    """The client's side of Algorithm 1.
+
+    Attributes:
+        finetune_epochs: passes over the training data when a model is fine-tuned.
+        meta_iterations: how often a client updates the networks before it sends them back.
+        meta_lr: see `MetaLearningRates`.
+        clip_value: every entry of the networks' gradient is clipped to [-clip_value, clip_value].
+        running_start: where a client's running statistics start, `measured` or `zero_one` (the authors').
+        evaluation_statistics: what models are tested with, `running` statistics or those of the `batch`.
+        validation_loss: what the networks lower on validation data, `cross_entropy` or `expected_error`.
+        compile: whether inner steps of clients that go one by one are compiled; that takes a minute or more a shape,
+            and is not faster on a CPU.
+    """
 
     finetune_epochs: int = 15
     meta_iterations: int = 3
@@ -75,7 +93,7 @@ class ClientConfig:
     running_start: str = "measured"
     evaluation_statistics: str = "running"
     validation_loss: str = "cross_entropy"
-    compile: bool = False  # inner steps of clients that go one by one; a minute or more a shape; not faster on a CPU
+    compile: bool = False
 
 
 @dataclass

@@ -49,9 +49,16 @@ def configuration_keys(prefix: str = "") -> list[Key]:
 
 
 def attribute_docs(cls: type) -> dict[str, str]:
-    """What the `Attributes:` section of a class's docstring says of each attribute, each in one line."""
+    """What the `Attributes:` sections of a class and its bases say of each attribute, each in one line."""
     docs: dict[str, str] = {}
-    _, _, section = inspect.cleandoc(cls.__doc__ or "").partition("\nAttributes:\n")
+    for base in reversed(cls.__mro__):
+        docs |= _attribute_section(base.__doc__ or "")
+    return docs
+
+
+def _attribute_section(docstring: str) -> dict[str, str]:
+    docs: dict[str, str] = {}
+    _, _, section = inspect.cleandoc(docstring).partition("\nAttributes:\n")
     name = ""
     for line in section.splitlines():
         if line.strip() and not line.startswith(" "):
