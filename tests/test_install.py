@@ -44,7 +44,7 @@ class MyData(FederatedDataModule):
                 yield ClientData(name=f"{pool}-{i}", pool=pool, train=parts[0], val=parts[1], test=parts[2])
 """
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("install")]  # one environment for all of them
 
 
 def run(*command: str | Path, cwd: Path, succeeds: bool = True) -> subprocess.CompletedProcess[str]:
