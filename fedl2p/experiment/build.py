@@ -21,8 +21,9 @@ from fedl2p.core.meta_nets import MetaNets
 from fedl2p.core.statistics import learnable_layer_names
 from fedl2p.datamodules.base.federated import FederatedDataModule
 from fedl2p.errors import ConfigError, DataError, FedL2PError, ModelError
-from fedl2p.experiment.config import ComponentConfig, Config, ValidationLoss, from_yaml, to_yaml, trainer_only
+from fedl2p.experiment.config import from_yaml, to_yaml, trainer_only
 from fedl2p.experiment.folder import RunFolder
+from fedl2p.experiment.schema import ComponentConfig, Config, ValidationLoss
 from fedl2p.federation.client_app import add_identity_handler, add_meta_handlers
 from fedl2p.federation.fedavg import add_pretrain_handler
 from fedl2p.federation.runtime import ClientRuntime, quiet_trainer
@@ -36,6 +37,9 @@ GLOBAL_MODEL = "global_model.safetensors"  # in a run's folder
 def import_object(path: str, key: str) -> Any:
     """Imports the class or function `package.module.name`.
 
+    Class paths that begin with `datamodules.` or `callbacks.` are also looked up below `fedl2p.`, where those packages
+    are installed; a package of that name of the user's own comes first.
+
     Args:
         path: the import path; any module that Python finds, also outside this project.
         key: the configuration key, for the error.
@@ -43,16 +47,31 @@ def import_object(path: str, key: str) -> Any:
     Raises:
         ConfigError: there is no such module, or no such class or function in it.
     """
-    module_name, _, name = path.rpartition(".")
     try:
-        found = getattr(importlib.import_module(module_name), name) if module_name else None
+        found = _imported(path)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise ConfigError(f"{key} '{path}' cannot be imported: {error}.") from error
+        found = _imported_from_ours(path)
+        if found is None:
+            raise ConfigError(f"{key} '{path}' cannot be imported: {error}.") from error
     if not callable(found):
         raise ConfigError(
             f"{key} is '{path}'; allowed is the import path of a class or function, as package.module.Name."
         )
     return found
+
+
+def _imported(path: str) -> Any:
+    module_name, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module_name), name) if module_name else None
+
+
+def _imported_from_ours(path: str) -> Any:
+    if path.partition(".")[0] not in ("datamodules", "callbacks"):
+        return None
+    try:
+        return _imported(f"fedl2p.{path}")
+    except (ImportError, AttributeError):
+        return None
 
 
 def instantiate(component: ComponentConfig, key: str, *, kind: type) -> Any:

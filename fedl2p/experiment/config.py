@@ -5,159 +5,16 @@ Nothing heavy is imported here: a typo is reported before torch is loaded.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import datetime
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
-from fedl2p.core.settings import LearnerSettings
 from fedl2p.errors import ConfigError
-
-
-@dataclass
-class ComponentConfig:
-    """A class by its import path, and its keyword arguments."""
-
-    class_path: str = "???"
-    init_args: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class PretrainingConfig:
-    """How theta_g is made: FedAvg on a pool (the paper's CIFAR-10 takes the seen one), or weights from a file."""
-
-    weights: str | None = None
-    pool: str = "pretrain"
-    rounds: int = 40
-    client_fraction: float = 1.0
-    epochs: int = 1
-    lr: float = 0.1
-    lr_drops: list[int] = field(default_factory=list)  # rounds from which on the rate is a tenth
-    momentum: float = 0.9
-
-
-class ValidationLoss(StrEnum):
-    """What the nets lower."""
-
-    cross_entropy = "cross_entropy"
-    expected_error = "expected_error"
-
-
-@dataclass(frozen=True)
-class ClientConfig(LearnerSettings):
-    """The client's side of Algorithm 1.
-
-    Attributes:
-        validation_loss: what the nets lower and everything is selected by: `cross_entropy`, or `expected_error`, the
-            mean probability of a wrong answer.
-        compile: whether inner steps of clients that go one by one are compiled by torch: a minute or more a shape, and
-            not faster on a CPU.
-    """
-
-    validation_loss: ValidationLoss = ValidationLoss.cross_entropy
-    compile: bool = False
-
-
-@dataclass
-class HypergradientConfig:
-    """The estimator and its arguments."""
-
-    name: str = "unrolled"
-    init_args: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class MetaNetsConfig:
-    """How the nets are built; a base_lr of null is the best rate of FT (BN C, G, I)."""
-
-    base_lr: float | None = None
-    initialization: str = "responsive"
-    log_divergence: bool = True
-    standardize: bool = True
-    initial_beta: float = 0.5
-    sample_count: bool = True
-
-
-@dataclass
-class RayConfig:
-    """What engine `ray` gives a client that is running; fractions of a GPU are shared."""
-
-    num_cpus: float = 1.0
-    num_gpus: float = 0.0
-
-
-@dataclass
-class FederationConfig:
-    """The rounds.
-
-    Attributes:
-        aggregation: how the clients' updates become one: `mean`, weighted by samples (Algorithm 1), or, where clients
-            may lie, `median`, `trimmed_mean` or `krum`.
-        max_update_norm: the longest update that a client may send; longer ones are shortened. `auto` is ten times the
-            median of the round; null is no limit.
-        max_client_weight: the largest share of a round that one client can weigh, whatever number of samples it names.
-        max_loss_ratio: a round whose validation loss is more than so many times the best one is rolled back; null
-            never does.
-    """
-
-    rounds: int = 100
-    client_fraction: float = 0.1
-    patience: int = 100
-    engine: str = "local"
-    ray: RayConfig = field(default_factory=RayConfig)
-    cohort_size: Any = "auto"  # or a number; 1, and auto where trainer needs one, give each client a Trainer
-    validation_fraction: float = 1.0
-    min_reply_fraction: float = 0.5
-    meta_lr_decay: str = "none"
-    aggregation: str = "mean"
-    max_update_norm: Any = "auto"
-    max_client_weight: float = 0.75
-    max_loss_ratio: float | None = 3.0
-
-
-@dataclass
-class BaselinesConfig:
-    """Which baselines run, and where the search for their rates starts; without it they are given by method."""
-
-    rates: list[float] = field(default_factory=lambda: [0.01, 0.03, 0.1, 0.3])
-    tune: bool = True
-    tuned_rates: dict[str, float] = field(default_factory=dict)  # those of an earlier run, for tune=false
-    l2p: bool = True
-    shuffled: bool = True
-
-
-@dataclass
-class WandbConfig:
-    """The W&B run; a mode of null is online where somebody is logged in and offline elsewhere."""
-
-    enabled: bool = True
-    project: str = "fedl2p"
-    name: str | None = None
-    mode: str | None = None
-
-
-@dataclass
-class Config:
-    """Everything that a run needs."""
-
-    seed: int = 0
-    output_dir: str = "???"
-    threads: int | None = None  # of torch on the CPU; null leaves torch's choice
-    data: ComponentConfig = field(default_factory=ComponentConfig)
-    model: ComponentConfig = field(default_factory=ComponentConfig)
-    pretraining: PretrainingConfig = field(default_factory=PretrainingConfig)
-    client: ClientConfig = field(default_factory=ClientConfig)
-    hypergradient: HypergradientConfig = field(default_factory=HypergradientConfig)
-    meta_nets: MetaNetsConfig = field(default_factory=MetaNetsConfig)
-    federation: FederationConfig = field(default_factory=FederationConfig)
-    baselines: BaselinesConfig = field(default_factory=BaselinesConfig)
-    trainer: dict[str, Any] = field(default_factory=dict)
-    wandb: WandbConfig = field(default_factory=WandbConfig)
-
+from fedl2p.experiment.schema import Config
+from fedl2p.experiment.shipped_configs import configuration_path
 
 Source = str | Path | Mapping[str, Any] | Config
 """A part of a configuration: the path of a YAML file, a `key=value` pair, nested keys and values, or a whole one."""
@@ -167,7 +24,8 @@ def load_config(arguments: Sequence[Source]) -> Config:
     """Reads files and overrides in order; later ones win.
 
     Args:
-        arguments: paths of YAML files, and `key=value` pairs; from Python also dictionaries and configurations.
+        arguments: paths of YAML files, names of configurations that come with fedl2p, and `key=value` pairs; from
+            Python also dictionaries and configurations.
 
     Returns:
         The resolved, checked configuration.
@@ -177,7 +35,7 @@ def load_config(arguments: Sequence[Source]) -> Config:
     """
     OmegaConf.register_resolver("now", lambda form: datetime.now().strftime(form), use_cache=True, replace=True)
     if all(_is_override(argument) for argument in arguments):
-        raise ConfigError("No configuration file is given; name one, for example configs/digits.yaml.")
+        raise ConfigError("No configuration file is given; name one, for example digits (`fedl2p configs` lists them).")
     merged = _schema()
     for argument in arguments:
         part = _part(argument)
@@ -218,7 +76,8 @@ def _drop_old_arguments(merged: Any, part: DictConfig) -> None:
             merged[key].init_args = {}
 
 
-def _file(path: str) -> DictConfig:
+def _file(argument: str) -> DictConfig:
+    path = configuration_path(argument)
     try:
         content = OmegaConf.load(path)
     except FileNotFoundError:

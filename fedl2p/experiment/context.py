@@ -21,9 +21,10 @@ from fedl2p.experiment.build import (
     check_trainer,
     trainer_notice,
 )
-from fedl2p.experiment.config import Config, to_yaml
+from fedl2p.experiment.config import to_yaml
 from fedl2p.experiment.folder import RunFolder
 from fedl2p.experiment.methods import given_rates
+from fedl2p.experiment.schema import Config
 from fedl2p.federation.local import LocalGrid
 from fedl2p.federation.ray import require_ray, simulate
 from fedl2p.models.weights import load_weights

@@ -6,10 +6,10 @@ from typing import Any
 from fedl2p.core.meta_nets import Hyperparameters
 from fedl2p.core.settings import BatchNormMode
 from fedl2p.datamodules.base.federated import FederatedDataModule
-from fedl2p.experiment.config import Config
 from fedl2p.experiment.context import RunContext
 from fedl2p.experiment.methods import FINE_TUNING, FixedRecipe, TunedRate, derangement
 from fedl2p.experiment.results import MethodResult, client_table, mean_of
+from fedl2p.experiment.schema import Config
 from fedl2p.experiment.stages import LocalPolicies
 from fedl2p.federation.runtime import ClientRuntime
 from fedl2p.federation.state import MetaState

@@ -21,7 +21,7 @@ from fedl2p.core.functional import FunctionalModel
 from fedl2p.core.layer_replacements import replacement_of
 from fedl2p.datamodules.base.federated import FederatedDataModule
 from fedl2p.experiment.build import build_model, check_model
-from fedl2p.experiment.config import ComponentConfig, Config
+from fedl2p.experiment.schema import ComponentConfig, Config
 
 
 def replaced(module: nn.Module) -> nn.Module:

@@ -27,7 +27,8 @@ from fedl2p.experiment.build import (
     instantiate,
     trainer_notice,
 )
-from fedl2p.experiment.config import ComponentConfig, Config, load_config
+from fedl2p.experiment.config import load_config
+from fedl2p.experiment.schema import ComponentConfig, Config
 from fedl2p.models import SmallConvNet
 
 DIGITS = str(Path(fedl2p.__file__).parents[1] / "configs" / "digits.yaml")

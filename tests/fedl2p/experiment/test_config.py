@@ -8,7 +8,8 @@ import pytest
 
 import fedl2p
 from fedl2p.errors import ConfigError
-from fedl2p.experiment.config import Config, load_config, to_yaml, trainer_only
+from fedl2p.experiment.config import load_config, to_yaml, trainer_only
+from fedl2p.experiment.schema import Config
 
 ROOT = Path(fedl2p.__file__).parents[1]
 BASE = """
