@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from core_cases import ConvNet, close, image_batches, seeded, unchanged
+from core_cases import ConvNet, close, image_batches, named_inputs_case, seeded, unchanged
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -413,3 +413,24 @@ def test_large_networks_of_volumes_and_of_many_inputs_fit_as_well(monkeypatch: p
     assert learner.single == Autograd(fused_batchnorm=True)
     episode = make_episode(model, collect_statistics(module, [batch]), [batch], [batch])
     assert learner.meta_step(learner.lambda_(), episode).finite
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_a_cohort_of_clients_with_several_inputs_equals_one_client_at_a_time(by_name: bool) -> None:
+    case = named_inputs_case(by_name=by_name)
+    episode = make_episode(case.model, case.statistics, case.train, case.val)
+    learner = Learner(case.model, MetaNets(case.model.module, base_lr=0.05).double())
+    lambdas = [{n: p * scale for n, p in learner.lambda_().items()} for scale in (1.0, 0.9)]
+    together = learner.meta_update(lambdas, [[episode, episode]])
+    singles = learner.meta_update(lambdas, [[episode, episode]], max_cohort=1)
+    for grouped, single in zip(together, singles, strict=True):
+        close(grouped.val_losses, single.val_losses, 1e-10)
+        for name, value in single.lambda_.items():
+            close(grouped.lambda_[name], value, 1e-10)
+    recipes = [update.hyperparameters for update in singles]
+    for grouped, single in zip(
+        learner.evaluate([episode, episode], recipes, parts=("val",)),
+        learner.evaluate([episode, episode], recipes, parts=("val",), max_cohort=1),
+        strict=True,
+    ):
+        close(grouped["val"].outputs, single["val"].outputs, 1e-10)
