@@ -1,7 +1,7 @@
 """How derivatives of a model are taken: by the transforms of `torch.func`, or by `torch.autograd`.
 
-Both give the same numbers. `FuncTransforms` works everywhere, under `torch.vmap` too. `Autograd` is faster for one client
-outside of all transforms.
+Both give the same numbers. `FuncTransforms` works everywhere, under `torch.vmap` too. `Autograd` is faster for one
+client outside of all transforms.
 """
 
 import warnings
@@ -203,7 +203,7 @@ class FuncTransforms(Differentiation):
 
 
 class CompiledSteps(FuncTransforms):
-    """`FuncTransforms` with inner steps compiled by torch, each shape at its first use, or as they are where that fails.
+    """`FuncTransforms`; torch compiles inner steps, each shape at its first use, or leaves them where that fails.
 
     Compiling takes a minute or more a shape; on a CPU `Autograd` is faster (docs/speed.md). Under `torch.vmap` torch
     runs the step as it is. Clients of equal shapes should share one of these.

@@ -16,7 +16,7 @@ from fedl2p.core.cohort import automatic_cohort_size, groups, stack, take
 from fedl2p.core.differentiation import FUNC_TRANSFORMS, Autograd, CompiledSteps, Differentiation
 from fedl2p.core.episode import Episode
 from fedl2p.core.finetune import active_parameters, evaluate
-from fedl2p.core.functional import Batch, FunctionalModel, Inputs, InnerState, Tensors, concatenate
+from fedl2p.core.functional import Batch, FunctionalModel, InnerState, Inputs, Tensors, concatenate
 from fedl2p.core.hypergradients import HypergradientEstimator, Unrolled
 from fedl2p.core.meta_nets import Hyperparameters, MetaNets
 from fedl2p.core.meta_step import MetaStep, active_in_episode, meta_optimizer, meta_step, personalize
@@ -246,7 +246,7 @@ class Learner:
         }
 
     def _over_clients(self, function: Callable[..., Any], clients: int | None, *args: Any) -> Any:
-        """Applies `function(differentiation, ...)` to each client of stacked arguments, or once where `clients` is None.
+        """Applies `function(differentiation, ...)` to each of the stacked clients, or once where `clients` is None.
 
         A cohort of one goes without `torch.vmap`.
         """
