@@ -87,7 +87,7 @@ def test_what_a_client_cannot_share_is_refused(name: str, value: object, error: 
     client = FedL2PClient(ConvNet().float(), num_classes=3)
     client._trainer = type("Trainer", (Many,), {name: value})()  # type: ignore[assignment]
     with pytest.raises(error, match=message):
-        client.setup("fit") if name == "strategy" else client._processes()
+        client.setup("fit")
 
 
 @pytest.mark.slow
