@@ -194,7 +194,7 @@ def _is_override(argument: Source) -> bool:
 
 def _part(argument: Source) -> DictConfig:
     if isinstance(argument, Config):
-        return OmegaConf.structured(argument)
+        return OmegaConf.create(to_yaml(argument))
     if isinstance(argument, Mapping):
         return OmegaConf.create(dict(argument))
     return _override(str(argument)) if _is_override(argument) else _file(str(argument))
