@@ -21,6 +21,7 @@ from fedl2p.datamodules.base.domains import Domain, DomainsDataModule, Samples
 from fedl2p.datamodules.base.partition import IntArray
 from fedl2p.datamodules.base.split import Split
 from fedl2p.datamodules.io.files import data_folder, missing_data
+from fedl2p.datamodules.io.images import image_errors
 from fedl2p.errors import DataError
 
 MEAN = (0.4914, 0.4822, 0.4465)
@@ -82,6 +83,11 @@ def _from_jpeg(place: Path, names: Sequence[str]) -> dict[str, Labelled]:
         raise DataError(f"{place} has no array {error}; it must hold jpeg, offsets, labels and split.") from error
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"{place} cannot be read: {error}") from error
+    if not (len(offsets) - 1 == len(labels) == len(split) and {offsets.dtype.kind, labels.dtype.kind} <= {*"iu"}):
+        raise DataError(
+            f"{place} has {len(offsets)} offsets, {len(labels)} labels and {len(split)} splits; they must be whole "
+            "numbers, one offset more than there are labels, and as many names of splits."
+        )
     result: dict[str, Labelled] = {}
     for name in names:
         rows = np.flatnonzero(split == name)
@@ -93,15 +99,12 @@ def _from_jpeg(place: Path, names: Sequence[str]) -> dict[str, Labelled]:
 
 
 def _decoded(content: bytes, place: Path, row: int) -> Bytes:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
-    try:
-        pixels = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
-    except (UnidentifiedImageError, OSError) as error:
-        raise DataError(f"Image {row} of {place} cannot be decoded: {error}") from error
-    if pixels.shape != (32, 32, 3):
-        raise DataError(f"Image {row} of {place} has the shape {pixels.shape}; it must be (32, 32, 3).")
-    return pixels
+    with image_errors(f"Image {row} of {place}"), Image.open(io.BytesIO(content), formats=("JPEG",)) as image:
+        if image.size != (32, 32):
+            raise ValueError(f"it has {image.width} x {image.height} pixels, not 32 x 32")
+        return np.asarray(image.convert("RGB"))
 
 
 def as_inputs(images: Bytes) -> Tensor:
@@ -134,8 +137,10 @@ class CIFAR10DataModule(DomainsDataModule):
     mean = MEAN
     std = STD
     split = Split(alpha=0.5, seen_clients=1000)
+    domain_names = ("cifar10",)
     split_keys = (
         "seed",
+        "domains",
         "alpha",
         "seen_clients",
         "unseen_clients",

@@ -119,6 +119,10 @@ class CIFAR10CDataModule(DomainsDataModule):
 
     def _published(self, name: str) -> Labelled:
         labels, images = (self._array(key) for key in ("labels", name))
+        if labels.ndim != 1 or labels.dtype.kind not in "iu":
+            raise DataError(
+                f"{self._file('labels')} holds {labels.dtype} of shape {labels.shape}; it must be a number each."
+            )
         count = len(labels) // _SEVERITIES
         if images.shape != (len(labels), 32, 32, 3) or images.dtype != np.uint8 or count * _SEVERITIES != len(labels):
             raise DataError(

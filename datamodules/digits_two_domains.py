@@ -134,10 +134,16 @@ def _from_npz(place: Path) -> dict[str, tuple[Tensor, IntArray]]:
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"{place} cannot be read: {error}") from error
     for name, (images, labels) in found.items():
-        if images.dtype != np.uint8 or images.ndim != 3 or labels.shape != images.shape[:1]:
+        if (
+            images.dtype != np.uint8
+            or images.ndim != 3
+            or labels.shape != images.shape[:1]
+            or labels.dtype.kind not in "iu"
+        ):
             raise DataError(
                 f"{place} has {name}_images of type {images.dtype} and shape {images.shape}, and {name}_labels of "
-                f"shape {labels.shape}; they must be bytes of shape (n, height, width), and (n,)."
+                f"type {labels.dtype} and shape {labels.shape}; they must be bytes of shape (n, height, width), and "
+                "whole numbers of shape (n,)."
             )
     return {name: (torch.from_numpy(images), labels.astype(np.int64)) for name, (images, labels) in found.items()}
 

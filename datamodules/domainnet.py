@@ -110,7 +110,7 @@ class DomainNetDataModule(ImageDomainsDataModule):
         numbers = {label: number for number, label in enumerate(self.classes)}
         place = self._list(domain, split)
         paths, labels = [], []
-        for position, line in enumerate(place.read_text(encoding="utf-8").splitlines(), start=1):
+        for position, line in enumerate(place.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
             # File names have no spaces, but nothing is lost by allowing them.
             parts = line.rpartition(" ")[0].strip().split("/")
             if line.strip() and len(parts) != 3:

@@ -170,7 +170,7 @@ def _read_archive(root: Path) -> _Archive:
     clips: dict[str, list[tuple[Path, int]]] = {}
     silence: list[Clip] = []
     for folder in sorted(path for path in root.iterdir() if path.is_dir()):
-        files = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in _SUFFIXES]
+        files = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in _SUFFIXES and path.is_file()]
         if folder.name == _NOISE:
             silence += [Clip(path, float(at)) for path in files for at in range(int(wave_seconds(path) / CLIP_SECONDS))]
         elif folder.name == CLASSES[_SILENCE]:
@@ -184,7 +184,7 @@ def _read_archive(root: Path) -> _Archive:
     held_out = set()
     for name in _LISTS:
         if (root / name).is_file():
-            lines = (root / name).read_text().split()
+            lines = (root / name).read_text(encoding="utf-8", errors="replace").split()
             held_out |= {Path(line).name.partition("_nohash_")[0] for line in lines}
     return _Archive(clips, silence, frozenset(held_out))
 

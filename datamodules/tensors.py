@@ -283,7 +283,9 @@ def _check_inputs(inputs: Tensor, clients: NDArray[Any]) -> None:
     if inputs.dtype == torch.uint8:
         return
     for start in range(0, len(inputs), _CHUNK):
-        finite = inputs[start : start + _CHUNK].flatten(1).isfinite().all(dim=1)
+        finite = inputs[start : start + _CHUNK].to(torch.float32).flatten(1).isfinite().all(dim=1)
         if not finite.all():
             row = start + int((~finite).nonzero()[0])
-            raise DataError(f"Sample {row}, of client {str(clients[row])!r}, has inputs that are not finite.")
+            raise DataError(
+                f"Sample {row}, of client {str(clients[row])!r}, has inputs that are not finite in float32."
+            )

@@ -1,9 +1,11 @@
 """The command line. Everything heavy is imported after the arguments and the configuration are known to be right."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 from fedl2p import __version__
@@ -11,7 +13,7 @@ from fedl2p.errors import ConfigError, FedL2PError, RunFolderError
 from fedl2p.signals import INTERRUPTED, stop_signals
 
 if TYPE_CHECKING:
-    from fedl2p.experiment.config import Config
+    from fedl2p.experiment.schema import Config
 
 RUN_HELP = """\
 Runs the whole main job: theta_g by FedAvg on the pretrain pool, the fine-tuning baselines with tuned learning rates,
@@ -19,7 +21,8 @@ the rounds of FedL2P, L2P, and the test of every method on seen and unseen clien
 
 The configuration is read from left to right, and later ones win:
 
-  fedl2p run configs/digits.yaml
+  fedl2p run digits                         a configuration that comes with fedl2p; `fedl2p configs` lists them
+  fedl2p run configs/digits.yaml            or a file
   fedl2p run configs/digits.yaml seed=7 output_dir=runs/seven federation.rounds=20
   fedl2p run configs/digits.yaml mine.yaml data.class_path=my_package.MyData 'data.init_args={path: /data}'
   fedl2p run configs/digits.yaml output_dir=runs/seven seed=7 --resume
@@ -37,6 +40,14 @@ labels, domains and pools, and all of it in one picture. Nothing is trained.
 """
 
 
+KEYS_HELP = """\
+Prints the keys of a configuration with their types, defaults and meanings.
+
+  fedl2p keys
+  fedl2p keys federation
+"""
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The commands and their options."""
     parser = argparse.ArgumentParser(
@@ -51,17 +62,28 @@ def make_parser() -> argparse.ArgumentParser:
         command: argparse.ArgumentParser = commands.add_parser(
             name, help=help, description=description, formatter_class=plain
         )
-        command.add_argument(
-            "config", nargs="+", metavar="CONFIG|key=value", help="YAML files and overrides, later ones win"
-        )
         return command
 
+    def add_config(command: argparse.ArgumentParser) -> None:
+        command.add_argument(
+            "config",
+            nargs="+",
+            metavar="CONFIG|key=value",
+            help="YAML files, names of configurations that come with fedl2p, and overrides; later ones win",
+        )
+
     run = add_command("run", help="run an experiment from a configuration file", description=RUN_HELP)
+    add_config(run)
     run.add_argument("--resume", action="store_true", help="go on with the run in output_dir, or give it more rounds")
     run.add_argument("--dry-run", action="store_true", help="estimate steps, time and memory; nothing is written")
     data = add_command("data", help="show how a configuration divides its data among clients", description=DATA_HELP)
+    add_config(data)
     data.add_argument("--all", action="store_true", help="list every client, not only the first of each pool")
     data.add_argument("--picture", metavar="FILE", help="where the PNG goes; beside the run's folder by default")
+    names = "list the configurations that come with fedl2p"
+    add_command("configs", help=names, description=f"{names[0].upper()}{names[1:]}: what each runs, and how long.")
+    keys = add_command("keys", help="list the keys of a configuration", description=KEYS_HELP)
+    keys.add_argument("prefix", nargs="?", default="", metavar="PREFIX", help="only keys that begin with it")
     return parser
 
 
@@ -79,8 +101,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with stop_signals() as signals:
         try:
             options = make_parser().parse_args(arguments)
+            if os.getcwd() not in sys.path:
+                sys.path.append(os.getcwd())  # `data.class_path=mine.MyData` finds mine.py here, as with `python -m`
             from fedl2p.experiment.config import load_config
 
+            if options.command == "configs":
+                return configs()
+            if options.command == "keys":
+                return keys(options.prefix)
             config = load_config(options.config)
             if options.command == "data":
                 return data(config, picture=options.picture, all_clients=options.all)
@@ -123,6 +151,29 @@ def data(config: "Config", *, picture: str | None = None, all_clients: bool = Fa
 
     inspect_data(config, picture=picture, all_clients=all_clients)
     return 0
+
+
+def configs() -> int:
+    """`fedl2p configs`."""
+    from fedl2p.experiment.shipped_configs import shipped_configs
+
+    for config in shipped_configs():
+        print(f"{config.name}\n{_indented(config.what)}\n{_indented(f'Time: {config.time}')}\n")
+    return 0
+
+
+def keys(prefix: str) -> int:
+    """`fedl2p keys`."""
+    from fedl2p.experiment.keys import configuration_keys
+
+    for key in configuration_keys(prefix):
+        default = "no default" if key.default is None else f"default {key.default}"
+        print(f"{key.name} ({key.type}; {default})\n{_indented(key.meaning)}")
+    return 0
+
+
+def _indented(text: str) -> str:
+    return fill(text, width=100, initial_indent="    ", subsequent_indent="    ")
 
 
 def _complain(error: Exception, code: int) -> int:

@@ -300,8 +300,7 @@ def _full_signature(cls: type[FederatedDataModule]) -> inspect.Signature:
         _, *own = inspect.signature(vars(owner)["__init__"]).parameters.values()
         hands_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in own)
         for parameter in own:
-            unwanted = hasattr(Split, parameter.name) and parameter.name not in cls.split_keys
-            if not (unwanted or parameter.kind is parameter.VAR_KEYWORD or parameter.name in found):
+            if parameter.kind is not parameter.VAR_KEYWORD and parameter.name not in found:
                 # What is handed on is handed on by name.
                 by_name = parameter.replace(kind=parameter.KEYWORD_ONLY)
                 found[parameter.name] = parameter if owner is constructors[0] else by_name

@@ -1,6 +1,7 @@
 """Image files of any kind, read into one array of bytes; and the augmentation that suits photographs."""
 
 import os
+import struct
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,7 +23,10 @@ Fit = Literal["crop", "stretch"]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+MAX_PIXELS = 2**26
+"""Larger images (8,192 pixels a side) are refused before they are decoded."""
 
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # those of the suffixes, whatever Pillow knows besides
 _PATIENCE = 2.0  # seconds after which a bar appears
 
 
@@ -56,7 +60,8 @@ def read_images(
         Shape (files, 1 or 3, size, size), uint8.
 
     Raises:
-        DataError: If a file is missing, truncated or no image, or an argument is not as above.
+        DataError: If a file is missing, truncated or of another format than those of `IMAGE_SUFFIXES`, has 32 bits a
+            channel or more than `MAX_PIXELS`, or an argument is not as above.
     """
     if size < 1 or fit not in get_args(Fit):
         raise DataError(f"size is {size} and fit is {fit!r}; size must be at least 1 and fit 'crop' or 'stretch'.")
@@ -76,24 +81,40 @@ def read_images(
 
 
 @contextmanager
-def _errors_named(path: Path) -> Iterator[None]:
+def image_errors(what: str) -> Iterator[None]:
+    """Turns what Pillow raises at a broken file into a DataError that begins with `what`."""
     from PIL import Image
 
     try:
         yield
     # A broken file makes Pillow's decoders fail in any of these ways.
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, Image.DecompressionBombError) as error:
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        EOFError,
+        LookupError,
+        TypeError,
+        ArithmeticError,
+        struct.error,
+        Image.DecompressionBombError,
+        Image.DecompressionBombWarning,  # where warnings are errors
+    ) as error:
         reason = "there is no such file" if isinstance(error, FileNotFoundError) else str(error) or type(error).__name__
-        raise DataError(f"The image {path} cannot be read: {reason}.") from error
+        raise DataError(f"{what} cannot be read: {reason}.") from error
 
 
 def _read(path: Path, size: int, fit: Fit, grayscale: bool) -> Tensor:
     """One image, shape (1 or 3, size, size)."""
     from PIL import Image, ImageOps
 
-    with _errors_named(path), Image.open(path) as opened:
+    with image_errors(f"The image {path}"), Image.open(path, formats=_FORMATS) as opened:
+        if opened.width * opened.height > MAX_PIXELS:
+            raise ValueError(f"it has {opened.width} x {opened.height} pixels; allowed are {MAX_PIXELS} together")
         # JPEG files can be decoded at a half, a quarter ... of their size; twice the wanted one keeps the quality.
         opened.draft(None, (2 * size, 2 * size))
+        if opened.mode == "F" or (opened.mode == "I" and opened.format == "TIFF"):
+            raise ValueError("it has 32 bits a channel, and nobody says which is white; save it with 8 or 16 bits")
         image = _flat(ImageOps.exif_transpose(opened), "L" if grayscale else "RGB")
         if fit == "crop":
             image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)

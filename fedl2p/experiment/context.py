@@ -19,10 +19,12 @@ from fedl2p.experiment.build import (
     build_remote_app,
     check_model,
     check_trainer,
+    trainer_notice,
 )
-from fedl2p.experiment.config import Config, to_yaml
+from fedl2p.experiment.config import to_yaml
 from fedl2p.experiment.folder import RunFolder
 from fedl2p.experiment.methods import given_rates
+from fedl2p.experiment.schema import Config
 from fedl2p.federation.local import LocalGrid
 from fedl2p.federation.ray import require_ray, simulate
 from fedl2p.models.weights import load_weights
@@ -122,6 +124,9 @@ def prepare(config: Config, *, resume: bool = False, console: Console | None = N
         fingerprint=data.fingerprint(),
     )
     folder.require_same_data(context.fingerprint)
+    notice = trainer_notice(config)
+    if notice is not None:
+        context.warn(notice)
     return context
 
 

@@ -13,10 +13,10 @@ from rich.table import Table
 
 from fedl2p.datamodules.base.federated import POOLS
 from fedl2p.experiment.build import build_runtime, build_training
-from fedl2p.experiment.config import Config
 from fedl2p.experiment.context import RunContext, prepare
 from fedl2p.experiment.evaluation import evaluations
 from fedl2p.experiment.methods import FINE_TUNING
+from fedl2p.experiment.schema import Config
 from fedl2p.federation.runtime import ClientRuntime
 from fedl2p.progress import duration
 

@@ -4,11 +4,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fedl2p.core.meta_nets import Hyperparameters
+from fedl2p.core.settings import BatchNormMode
 from fedl2p.datamodules.base.federated import FederatedDataModule
-from fedl2p.experiment.config import Config
 from fedl2p.experiment.context import RunContext
 from fedl2p.experiment.methods import FINE_TUNING, FixedRecipe, TunedRate, derangement
 from fedl2p.experiment.results import MethodResult, client_table, mean_of
+from fedl2p.experiment.schema import Config
 from fedl2p.experiment.stages import LocalPolicies
 from fedl2p.federation.runtime import ClientRuntime
 from fedl2p.federation.state import MetaState
@@ -53,12 +54,12 @@ def measured_methods(
             return _measure(context.data, runtime, bar, label, recipe, pools=pools, **options)
 
         nothing = fixed_recipe(runtime, 0.0, 0.0)
-        methods["global"] = measure("Global model", nothing, finetune=False, statistics="running")
+        methods["global"] = measure("Global model", nothing, finetune=False, bn_mode=BatchNormMode.running)
         for name, method in FINE_TUNING.items():
             methods[name] = measure(
                 method.label,
                 fixed_recipe(runtime, method.beta, rates[name].rate),
-                statistics=method.statistics,
+                bn_mode=method.bn_mode,
                 settings=rates[name].as_dict(),
             )
         if local is not None:

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from fedl2p.core.finetune import EvaluationStatistics
 from fedl2p.core.functional import FunctionalModel
 from fedl2p.core.meta_nets import Hyperparameters
+from fedl2p.core.settings import BatchNormMode
 from fedl2p.core.statistics import ClientStatistics
 from fedl2p.errors import ConfigError, FederationError
 
@@ -54,18 +54,18 @@ class FineTuning:
     Attributes:
         label: as tables show it.
         beta: for all layers.
-        statistics: at testing, see `meta_step.evaluate`.
+        bn_mode: at testing.
     """
 
     label: str
     beta: float
-    statistics: EvaluationStatistics = "running"
+    bn_mode: BatchNormMode = BatchNormMode.running
 
 
 FINE_TUNING: dict[str, FineTuning] = {
     "ft_bn_c": FineTuning("FT (BN C)", beta=1.0),
     "ft_bn_g": FineTuning("FT (BN G)", beta=0.0),
-    "ft_bn_i": FineTuning("FT (BN I)", beta=1.0, statistics="batch"),
+    "ft_bn_i": FineTuning("FT (BN I)", beta=1.0, bn_mode=BatchNormMode.batch),
 }
 
 

@@ -14,8 +14,8 @@ from flwr.serverapp import Grid
 from torch import nn
 
 from fedl2p.callbacks import MetricsFile, RoundProgress
-from fedl2p.core.cohort import Evaluation
 from fedl2p.core.functional import Tensors
+from fedl2p.core.learner import Evaluation
 from fedl2p.core.meta_nets import MetaNets
 from fedl2p.experiment.build import build_training
 from fedl2p.experiment.context import RunContext, with_weights
@@ -93,7 +93,7 @@ def tuned_rates(context: RunContext, file: Path, runtime: ClientRuntime) -> dict
             def loss_of(rate: float) -> float:
                 recipe = FixedRecipe.fitting(runtime.model, beta=method.beta, rate=rate)
                 recipes = [recipe(runtime.statistics(client_id)) for client_id in seen]
-                measured = runtime.evaluate(recipes, seen, statistics=method.statistics)
+                measured = runtime.evaluate(recipes, seen, bn_mode=method.bn_mode)
                 bar.advance()
                 return _weighted_loss(runtime, measured, seen)
 
@@ -174,9 +174,8 @@ def learned_state(
             save=lambda current: save_state(file.parent, current),
         )
 
-    together = None if runtime.through_trainer else make_cohort_handlers(runtime)
-    app = make_client_app(runtime)
-    state = context.on_grid(work, lambda: LocalGrid(app, names, cohort_handlers=together))
+    app, handlers = make_client_app(runtime), make_cohort_handlers(runtime)
+    state = context.on_grid(work, lambda: LocalGrid(app, names, cohort_handlers=handlers))
     write_policy(path / "meta_nets.safetensors", runtime.meta_nets, state.best_lambda)
     return state
 

@@ -74,6 +74,15 @@ def test_the_signature_names_all_that_a_data_set_takes(module: type[FederatedDat
         assert parameters[name].default == getattr(module.split, name)
 
 
+def test_the_signature_has_the_arguments_of_all_constructors() -> None:
+    class Mine(datamodules.DigitsDataModule):
+        def __init__(self, depth: int = 3, **options: Any) -> None:
+            super().__init__(**options)
+
+    assert list(inspect.signature(Mine).parameters)[:4] == ["depth", "domains", "train_sizes", "batch_size"]
+    assert Mine(domains=["blur"]).domains == ("blur",)
+
+
 def test_the_signature_of_a_users_own_constructor_is_left_alone() -> None:
     class Mine(FederatedDataModule):
         def __init__(self, *files: str, depth: int = 3) -> None:

@@ -144,7 +144,7 @@ def test_a_fixed_recipe_is_the_same_for_all_layers_and_clients() -> None:
 
 
 def test_the_three_ways_to_fine_tune_are_the_paper_s() -> None:
-    assert {name: (way.beta, way.statistics) for name, way in FINE_TUNING.items()} == {
+    assert {name: (way.beta, way.bn_mode) for name, way in FINE_TUNING.items()} == {
         "ft_bn_c": (1.0, "running"),
         "ft_bn_g": (0.0, "running"),
         "ft_bn_i": (1.0, "batch"),

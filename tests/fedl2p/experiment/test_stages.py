@@ -16,9 +16,10 @@ from fedl2p.core.batchnorm import convert_batchnorm
 from fedl2p.core.statistics import collect_statistics
 from fedl2p.errors import FederationError
 from fedl2p.experiment.build import build_data
-from fedl2p.experiment.config import Config, load_config, to_yaml
+from fedl2p.experiment.config import load_config, to_yaml
 from fedl2p.experiment.context import prepare
 from fedl2p.experiment.run import collect, run_stages
+from fedl2p.experiment.schema import Config
 from fedl2p.federation.checkpoint import load_state
 from fedl2p.federation.state import MetaState, RoundCallback, RoundRecord
 from fedl2p.io import load_tensors

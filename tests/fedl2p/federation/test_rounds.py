@@ -15,6 +15,7 @@ from torch.utils.data import TensorDataset
 from fedl2p.core.batchnorm import convert_batchnorm
 from fedl2p.core.hypergradients import Unrolled
 from fedl2p.core.meta_nets import MetaNets
+from fedl2p.core.settings import LearnerSettings
 from fedl2p.datamodules.base.federated import ClientData, FederatedDataModule
 from fedl2p.errors import ConfigError, FederationError
 from fedl2p.federation import rounds
@@ -96,14 +97,15 @@ class Federation:
         model = convert_batchnorm(seeded(ConvNet).float())
         torch.manual_seed(5)
         options: dict[str, Any] = {
-            "estimator": Unrolled(),
             "meta_iterations": 2,
             "finetune_epochs": 1,
             "meta_lr": {"bn_net": 0.1, "lr_net": 0.1, "base_lr": 0.02},
-            "seed": 3,
+            **(runtime or {}),
         }
-        self.runtime = Faulty(data, model, MetaNets(model, base_lr=0.1), **(options | (runtime or {})))
-        handlers = None if self.runtime.through_trainer else make_cohort_handlers(self.runtime)
+        learns = {name: options.pop(name) for name in LearnerSettings().as_dict() if name in options}
+        options = {"estimator": Unrolled(), "settings": LearnerSettings.of(**learns), "seed": 3, **options}
+        self.runtime = Faulty(data, model, MetaNets(model, base_lr=0.1), **options)
+        handlers = make_cohort_handlers(self.runtime)
         self.grid = LocalGrid(make_client_app(self.runtime), data.pool("seen"), cohort_handlers=handlers)
         self.settings = RoundSettings(**{"client_fraction": 0.5, "seed": 3, **settings})
         names = {i: data.clients[i].name for i in data.pool("seen")}
@@ -168,26 +170,39 @@ def test_a_cohort_and_clients_in_a_trainer_give_one_lambda(iterations: int, stat
         "evaluation_statistics": statistics,
     }
     cohort = Federation(runtime=options, client_fraction=1.0).run()
-    alone = Federation(runtime=options | {"cohort_size": 1}, client_fraction=1.0).run()
-    for name, tensor in cohort.lambda_.items():
-        torch.testing.assert_close(alone.lambda_[name], tensor, rtol=0, atol=1e-5)
-    assert losses(alone) == pytest.approx(losses(cohort), abs=1e-5)
+    for one_by_one in ({"cohort_size": 1}, {"trainer": {}}):
+        alone = Federation(runtime=options | one_by_one, client_fraction=1.0).run()
+        for name, tensor in cohort.lambda_.items():
+            torch.testing.assert_close(alone.lambda_[name], tensor, rtol=0, atol=1e-5)
+        assert losses(alone) == pytest.approx(losses(cohort), abs=1e-5)
 
 
-@pytest.mark.parametrize("limit", [{}, {"limit_train_batches": 1, "limit_val_batches": 1}], ids=str)
+@pytest.mark.parametrize("limit", [{}, {"train": 1, "val": 1}], ids=str)
 def test_a_cohort_and_clients_in_a_trainer_that_does_not_validate_give_one_lambda(limit: dict[str, Any]) -> None:
-    options: dict[str, Any] = {"meta_iterations": 3, "trainer": limit | {"check_val_every_n_epoch": 100}}
+    options: dict[str, Any] = {"meta_iterations": 3, "limits": limit}
     cohort = Federation(runtime=options, client_fraction=1.0).run()
-    alone = Federation(runtime=options | {"cohort_size": 1}, client_fraction=1.0).run()
+    alone = Federation(runtime=options | {"trainer": {"check_val_every_n_epoch": 100}}, client_fraction=1.0).run()
     for name, tensor in cohort.lambda_.items():
         torch.testing.assert_close(alone.lambda_[name], tensor, rtol=0, atol=1e-5)
     assert losses(alone) == pytest.approx(losses(cohort), abs=1e-5)
+
+
+class Half:
+    """A CPU in half precision; Lightning's Fabric has float16 on GPUs only."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast("cpu", dtype=self.dtype)
 
 
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
 def test_half_precision_is_near_full_precision(autocast: torch.dtype) -> None:
     full = Federation(client_fraction=1.0).run()
-    half = Federation(runtime={"autocast": autocast}, client_fraction=1.0).run()
+    half = Federation(runtime={"fabric": Half(autocast)}, client_fraction=1.0).run()
     for name, tensor in half.lambda_.items():
         assert tensor.dtype == torch.float32
         moved = float((full.lambda_[name] - Federation().start[name]).abs().max())
@@ -198,8 +213,8 @@ def test_half_precision_is_near_full_precision(autocast: torch.dtype) -> None:
 
 def test_half_precision_gives_one_lambda_in_a_cohort_and_in_a_trainer() -> None:
     """Sums in half precision depend on their order, and a cohort sums in another one; so they agree to its rounding."""
-    cohort = Federation(runtime={"autocast": torch.bfloat16}, client_fraction=1.0).run()
-    options: dict[str, Any] = {"cohort_size": 1, "trainer": {"precision": "bf16-mixed"}}
+    cohort = Federation(runtime={"fabric": Half(torch.bfloat16)}, client_fraction=1.0).run()
+    options: dict[str, Any] = {"fabric": Half(torch.bfloat16), "trainer": {"precision": "bf16-mixed"}}
     alone = Federation(runtime=options, client_fraction=1.0).run()
     for name, tensor in cohort.lambda_.items():
         moved = float((tensor - Federation().start[name]).abs().max())
@@ -213,7 +228,7 @@ def test_large_networks_have_the_format_and_the_kernels_that_suit_them(
     plain = Federation(client_fraction=1.0, runtime={"cohort_size": cohort_size})
     monkeypatch.setattr("fedl2p.core.cohort.CPU_COHORT_VALUES", 1)
     large = Federation(client_fraction=1.0, runtime={"cohort_size": cohort_size})
-    assert [federation.runtime.model.fused_batchnorm for federation in (plain, large)] == [False, True]
+    assert [federation.runtime.learner.single.fused_batchnorm for federation in (plain, large)] == [False, True]
     weights = [federation.runtime.model.module.conv2.weight for federation in (plain, large)]
     assert [w.is_contiguous(memory_format=torch.channels_last) for w in weights] == [False, True]
     expected = plain.run().lambda_
@@ -235,7 +250,7 @@ def test_a_round_is_the_weighted_mean_of_each_client_s_own_update() -> None:
 
 
 def test_updates_in_a_trainer_leave_the_runtime_s_nets_and_model_as_they_were() -> None:
-    federation = Federation(runtime={"cohort_size": 1, "meta_iterations": 1})
+    federation = Federation(runtime={"trainer": {}, "meta_iterations": 1})
     model = {name: t.clone() for name, t in federation.runtime.model.module.state_dict().items()}
     nets = {name: t.clone() for name, t in federation.runtime.meta_nets.state_dict().items()}
     federation.run(1)
@@ -313,8 +328,8 @@ def test_a_client_that_fails_in_the_first_validation_is_named_too() -> None:
 
 def test_steps_that_are_not_finite_are_counted() -> None:
     class Never(Unrolled):
-        def __call__(self, model: Any, problem: Any) -> Any:
-            estimate = super().__call__(model, problem)
+        def __call__(self, *args: Any, **options: Any) -> Any:
+            estimate = super().__call__(*args, **options)
             return estimate._replace(eta=estimate.eta * torch.nan)
 
     state = Federation(runtime={"estimator": Never()}, client_fraction=0.5).run(1)
@@ -499,7 +514,7 @@ def test_personalization_uses_one_fixed_order_of_batches() -> None:
 
 def test_meta_iterations_see_the_data_in_new_orders() -> None:
     runtime = Federation().runtime
-    tasks = runtime.meta_tasks(4, "meta", 1)
+    tasks = runtime.meta_episodes(4, "meta", 1)
     assert len(tasks) == 2
     orders = [torch.cat([y for _, y in task.train_batches]).tolist() for task in tasks]
     assert len({tuple(order) for order in orders}) == 2
