@@ -96,8 +96,8 @@ class FederationConfig:
     Attributes:
         aggregation: how the clients' updates become one: `mean`, weighted by samples (Algorithm 1), or, where clients
             may lie, `median`, `trimmed_mean` or `krum`.
-        max_update_norm: the longest update that a client may send; longer ones are shortened. `auto` is ten times the
-            median of the round; null is no limit.
+        max_update_norm: the longest update that a client may send; longer ones are shortened. `auto` is a hundred
+            times the median of the round; null is no limit.
         max_client_weight: the largest share of a round that one client can weigh, whatever number of samples it names.
         max_loss_ratio: a round whose validation loss is more than so many times the best one is rolled back; null
             never does.
