@@ -25,6 +25,7 @@ from fedl2p.core.functional import Tensors
 from fedl2p.errors import FederationError
 from fedl2p.experiment.build import build_data, build_model, build_runtime, build_training
 from fedl2p.experiment.config import load_config
+from fedl2p.experiment.results import client_table
 from fedl2p.federation.client_app import make_client_app, make_cohort_handlers
 from fedl2p.federation.fedavg import make_pretrain_app, pretrain
 from fedl2p.federation.local import LocalGrid, flower_run
@@ -173,7 +174,8 @@ class Benchmark:
         state = run_rounds(grid, federation, new_state(federation))
         recipes = [self.runtime.recipe(state.best_lambda, client_id) for client_id in self.seen]
         measured = self.runtime.evaluate(recipes, self.seen, parts=("test",))
-        return float(np.mean([100 * parts["test"].accuracy for parts in measured])), state
+        clients = client_table(self.data, self.seen, measured).values()
+        return float(np.mean([100 * client["accuracy"] for client in clients])), state
 
     def lie(self, kind: str, share: float) -> dict[str, Any]:
         """One row of the table."""

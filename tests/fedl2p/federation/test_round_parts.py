@@ -1,6 +1,7 @@
 """The parts of a round: who is asked, and how replies become one lambda; with replies made by hand."""
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -322,6 +323,24 @@ def test_a_client_that_cannot_describe_itself_stops_the_run_with_the_reason() ->
 def test_fractions_outside_0_to_1_are_refused_by_name(key: str, value: float) -> None:
     with pytest.raises(ConfigError, match=rf"federation\.{key} is {value}"):
         make_federation(**{key: value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("max_update_norm", 0.0, "federation.max_update_norm is 0.0; allowed is above 0, 'auto' or null"),
+        ("max_update_norm", math.inf, "federation.max_update_norm is inf"),
+        ("max_client_weight", 0.0, "federation.max_client_weight is 0.0"),
+        ("max_client_weight", 1.5, "federation.max_client_weight is 1.5"),
+        ("max_loss_ratio", 0.5, "federation.max_loss_ratio is 0.5; allowed is 1 or more, or null"),
+        ("max_loss_ratio", math.nan, "federation.max_loss_ratio is nan"),
+        ("aggregation", "mode", "'mode'; allowed are 'mean', 'median', 'trimmed_mean' and 'krum'"),
+        ("rounds", -1, "federation.rounds is -1"),
+    ],
+)
+def test_other_settings_outside_their_range_are_refused_by_name(key: str, value: Any, words: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        RoundSettings(**{key: value})
 
 
 def test_an_unknown_decay_is_refused() -> None:
