@@ -29,7 +29,7 @@ from fedl2p.experiment.build import (
     check_model,
     check_trainer,
 )
-from fedl2p.experiment.config import Config, to_yaml
+from fedl2p.experiment.config import Config, fingerprint, to_yaml
 from fedl2p.experiment.folder import RunFolder
 from fedl2p.experiment.methods import FINE_TUNING, FixedRecipe, derangement, tune_rate
 from fedl2p.experiment.results import MethodResult, client_table, mean_of
@@ -200,7 +200,8 @@ class Experiment:
             max_loss_ratio=config.max_loss_ratio,
             seed=self.config.seed,
         )
-        stored = load_state(self.folder.checkpoints)
+        run = fingerprint(self.config)
+        stored = load_state(self.folder.checkpoints, run=run, template=self.runtime.lambda_())
 
         def work(grid: Grid) -> MetaState:
             federation = set_up(
@@ -220,7 +221,7 @@ class Experiment:
                     MetricsFile(path=self.folder.path / "metrics.jsonl"),
                     *callbacks,
                 ],
-                save=lambda current: save_state(self.folder.checkpoints, current),
+                save=lambda current: save_state(self.folder.checkpoints, current, run=run),
             )
 
         together = None if self.runtime.through_trainer else make_cohort_handlers(self.runtime)
