@@ -117,7 +117,7 @@ class FederationConfig:
     aggregation: str = "mean"
     max_update_norm: Any = "auto"
     max_client_weight: float = 0.75
-    max_loss_ratio: float | None = 3.0
+    max_loss_ratio: float | None = 10.0
 
 
 @dataclass

@@ -67,7 +67,7 @@ class RoundSettings:
     aggregation: Aggregation = "mean"
     max_update_norm: float | Literal["auto"] | None = "auto"
     max_client_weight: float = 0.75
-    max_loss_ratio: float | None = 3.0
+    max_loss_ratio: float | None = 10.0
     seed: int = 0
 
     def __post_init__(self) -> None:

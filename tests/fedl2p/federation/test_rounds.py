@@ -403,7 +403,7 @@ def test_a_round_whose_loss_is_not_finite_is_never_the_best(bad: float) -> None:
     assert same(never.best_lambda, Federation().start)
 
 
-@pytest.mark.parametrize("bad", [10.0, math.inf])
+@pytest.mark.parametrize("bad", [30.0, math.inf])
 def test_a_ruined_round_is_rolled_back_to_the_best_lambda_and_said(bad: float) -> None:
     recorder = Recorder()
     state = Scripted([3.0, 2.0, 2.5, bad, 2.2]).run(4, callbacks=[recorder])
