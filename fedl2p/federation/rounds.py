@@ -135,20 +135,20 @@ class Training:
     """What a round of training gave.
 
     Attributes:
-        lambda_: the mean of the clients' lambdas.
-        meta_loss: the clients' mean validation loss while they trained, weighted by N_i.
-        clients: whose lambdas were averaged.
+        lambda_: the mean of the clients' lambdas; the old one where most clients diverge from it.
+        meta_loss: the clients' mean validation loss while they trained, weighted by N_i; infinite where most diverge.
         failures: by name, why a client was left out.
-        clipped: names of the clients whose update was shortened.
         skipped_steps: meta iterations that were not finite and changed nothing.
+        clients: whose lambdas were averaged.
+        clipped: names of the clients whose update was shortened.
     """
 
     lambda_: Tensors
     meta_loss: float
-    clients: tuple[Participant, ...]
     failures: dict[str, str]
-    clipped: tuple[str, ...]
     skipped_steps: int
+    clients: tuple[Participant, ...] = ()
+    clipped: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,19 +309,25 @@ def aggregate(federation: Federation, lambda_: Tensors, number: int, replies: It
     Raises:
         FederationError: too few usable replies.
     """
-    settings = federation.settings
+    settings, asked = federation.settings, federation.training_clients(number)
     read = partial(read_update, template=federation.initial)
-    updates, failures = _collected(federation, number, federation.training_clients(number), replies, read)
+    answered, failures = _collected(federation, number, asked, replies, read)
+    updates, out_of_range = _in_range(answered, lambda update: update.meta_loss)
+    skipped_steps = sum(update.skipped_steps for _, update in answered)
+    if len(updates) < federation.needed(asked):  # most diverge from this lambda: nothing is learned from them
+        return Training(
+            lambda_=lambda_, meta_loss=math.inf, failures=failures | out_of_range, skipped_steps=skipped_steps
+        )
     clients = tuple(participant for participant, _ in updates)
     weights = bound_weights([participant.num_samples for participant in clients], settings.max_client_weight)
     lambdas, clipped = clip_updates(lambda_, [update.lambda_ for _, update in updates], settings.max_update_norm)
     return Training(
         lambda_=combine(lambda_, lambdas, weights, settings.aggregation),
         meta_loss=middle([update.meta_loss for _, update in updates], weights, settings.aggregation),
+        failures=failures | out_of_range,
+        skipped_steps=skipped_steps,
         clients=clients,
-        failures=failures,
         clipped=tuple(clients[position].name for position in clipped),
-        skipped_steps=sum(update.skipped_steps for _, update in updates),
     )
 
 
@@ -342,17 +348,13 @@ def combine_losses(federation: Federation, number: int, replies: Iterable[Messag
     Raises:
         FederationError: too few usable replies.
     """
-    asked, settings = federation.validation_clients(), federation.settings
-    measured, failures = _collected(federation, number, asked, replies, read_loss)
-    votes = [(p, loss) for p, loss in measured if loss_in_range(loss)]
-    failures |= {
-        p.name: f"its validation loss is {loss:g}; allowed is 0 to {MAX_LOSS:g}"
-        for p, loss in measured
-        if not loss_in_range(loss)
-    }
+    settings, asked = federation.settings, federation.validation_clients()
+    answered, failures = _collected(federation, number, asked, replies, read_loss)
+    votes, out_of_range = _in_range(answered, lambda loss: loss)
+    failures |= out_of_range
     if len(votes) < federation.needed(asked):
         return Validation(loss=math.inf, failures=failures)
-    weights = bound_weights([p.num_samples for p, _ in votes], settings.max_client_weight)
+    weights = bound_weights([participant.num_samples for participant, _ in votes], settings.max_client_weight)
     return Validation(loss=middle([loss for _, loss in votes], weights, settings.aggregation), failures=failures)
 
 
@@ -393,6 +395,19 @@ def _collected(
             f"(federation.min_reply_fraction {fraction}); '{name}': {reason}."
         )
     return usable, failures
+
+
+def _in_range(
+    answered: Sequence[tuple[Participant, Value]], loss_of: Callable[[Value], float]
+) -> tuple[list[tuple[Participant, Value]], dict[str, str]]:
+    """The answers whose loss is in range, and by name why the others are left out."""
+    good = [(participant, value) for participant, value in answered if loss_in_range(loss_of(value))]
+    reasons = {
+        participant.name: f"its validation loss is {loss_of(value):g}; allowed is 0 to {MAX_LOSS:g}"
+        for participant, value in answered
+        if not loss_in_range(loss_of(value))
+    }
+    return good, reasons
 
 
 def _labelled(failures: dict[str, str], label: str) -> dict[str, str]:

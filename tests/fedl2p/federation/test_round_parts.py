@@ -167,6 +167,17 @@ def test_the_meta_loss_is_weighted_and_leaves_out_what_is_not_finite() -> None:
     assert training.meta_loss == pytest.approx((30 * 2 + 60 * 4) / 90)
 
 
+def test_where_most_clients_diverge_lambda_stays_and_they_are_named() -> None:
+    federation = make_federation()
+    losses = dict.fromkeys((10, 20, 30), math.nan)
+    training = aggregate(federation, LIKE, 1, answers(federation, dict.fromkeys(SAMPLES, 1.0), losses))
+    assert training.lambda_ is LIKE
+    assert training.clients == ()
+    assert training.meta_loss == math.inf
+    assert set(training.failures) == {"client-10", "client-20", "client-30"}
+    assert training.skipped_steps == 4
+
+
 def test_too_few_good_replies_stop_the_run_with_the_reason() -> None:
     federation = make_federation(min_reply_fraction=0.75)
     aggregate(federation, LIKE, 1, answers(federation, {10: 1.0, 20: 2.0, 30: 3.0}))
