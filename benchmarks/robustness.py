@@ -41,8 +41,9 @@ from fedl2p.federation.messages import (
     VAL_LOSS,
     to_arrays,
 )
-from fedl2p.federation.rounds import RoundSettings, new_state, run_rounds, set_up
+from fedl2p.federation.rounds import new_state, run_rounds, set_up
 from fedl2p.federation.runtime import ClientRuntime
+from fedl2p.federation.settings import RoundSettings
 from fedl2p.federation.state import MetaState
 from fedl2p.seeding import derive_seed
 

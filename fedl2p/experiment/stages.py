@@ -38,7 +38,8 @@ from fedl2p.federation.client_app import make_client_app, make_cohort_handlers
 from fedl2p.federation.fedavg import make_pretrain_app, pretrain
 from fedl2p.federation.local import LocalGrid, flower_run
 from fedl2p.federation.ray import require_ray, simulate
-from fedl2p.federation.rounds import RoundSettings, decayed, new_state, run_rounds, set_up
+from fedl2p.federation.rounds import decayed, new_state, run_rounds, set_up
+from fedl2p.federation.settings import RoundSettings
 from fedl2p.federation.state import MetaState, RoundCallback
 from fedl2p.models.weights import load_weights
 from fedl2p.policy import policy_metadata

@@ -21,7 +21,8 @@ from fedl2p.federation.aggregation import CLIP_RATIO
 from fedl2p.federation.client_app import add_identity_handler
 from fedl2p.federation.local import LocalGrid, flower_run
 from fedl2p.federation.messages import ARRAYS, METRICS, from_arrays, reply
-from fedl2p.federation.rounds import RoundSettings, new_state, run_rounds, set_up
+from fedl2p.federation.rounds import new_state, run_rounds, set_up
+from fedl2p.federation.settings import RoundSettings
 from fedl2p.federation.state import MetaState
 
 NAMES = {client_id: f"client-{client_id}" for client_id in range(6)}

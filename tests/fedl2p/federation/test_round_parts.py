@@ -18,7 +18,6 @@ from fedl2p.federation.messages import META_EVALUATE, META_TRAIN, from_arrays, r
 from fedl2p.federation.participants import find_participants
 from fedl2p.federation.rounds import (
     Federation,
-    RoundSettings,
     Training,
     Validation,
     aggregate,
@@ -27,6 +26,7 @@ from fedl2p.federation.rounds import (
     training_messages,
     validation_messages,
 )
+from fedl2p.federation.settings import RoundSettings
 
 LIKE = {"base_lr": torch.zeros(2), "scalar": torch.tensor(0.0)}
 SAMPLES = {10: 30, 20: 10, 30: 60, 40: 1}

@@ -22,8 +22,9 @@ from fedl2p.federation.checkpoint import load_state, save_state
 from fedl2p.federation.client_app import make_client_app, make_cohort_handlers
 from fedl2p.federation.local import LocalGrid, flower_run
 from fedl2p.federation.messages import from_arrays, to_arrays
-from fedl2p.federation.rounds import RoundSettings, Validation, new_state, run_rounds, set_up
+from fedl2p.federation.rounds import Validation, new_state, run_rounds, set_up
 from fedl2p.federation.runtime import ClientRuntime, quiet_trainer
+from fedl2p.federation.settings import RoundSettings
 from fedl2p.federation.state import MetaState, RoundCallback, RoundRecord
 from fedl2p.federation.strategy import FedL2PStrategy
 
