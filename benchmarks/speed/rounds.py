@@ -11,7 +11,8 @@ from benchmarks.speed.cases import small_runtime
 from benchmarks.speed.measure import Row, command, in_turns, peak_memory
 from fedl2p.federation.client_app import make_client_app, make_cohort_handlers
 from fedl2p.federation.local import LocalGrid, flower_run
-from fedl2p.federation.rounds import RoundSettings, new_state, run_rounds, set_up
+from fedl2p.federation.rounds import new_state, run_rounds, set_up
+from fedl2p.federation.settings import RoundSettings
 
 
 def federation(clients: int, rounds: int = 1) -> Callable[[], None]:

@@ -3,6 +3,8 @@
 Nothing heavy is imported here: a typo is reported before torch is loaded.
 """
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -236,6 +238,16 @@ def trainer_only(trainer: dict[str, Any]) -> list[str]:
 def to_yaml(config: Config) -> str:
     """The configuration as YAML, resolved."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def fingerprint(config: Config) -> str:
+    """A hash of all that decides what a run learns: not where it is written or shown, nor how many rounds there are."""
+    content = OmegaConf.to_container(OmegaConf.structured(config))
+    assert isinstance(content, dict)
+    for key in ("output_dir", "wandb", "threads"):
+        del content[key]
+    del content["federation"]["rounds"]
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def from_yaml(text: str) -> Config:

@@ -134,8 +134,8 @@ class FederationConfig:
         meta_lr_decay: how `client.meta_lr` falls over the rounds, `none` or `cosine`.
         aggregation: how the clients' updates become one: `mean`, weighted by samples (Algorithm 1), or, where clients
             may lie, `median`, `trimmed_mean` or `krum`.
-        max_update_norm: the longest update that a client may send; longer ones are shortened. `auto` is ten times the
-            median of the round; null is no limit.
+        max_update_norm: the longest update that a client may send; longer ones are shortened. `auto` is a hundred
+            times the median of the round; null is no limit.
         max_client_weight: the largest share of a round that one client can weigh, whatever number of samples it names.
         max_loss_ratio: a round whose validation loss is more than so many times the best one is rolled back; null
             never does.
@@ -153,7 +153,7 @@ class FederationConfig:
     aggregation: str = "mean"
     max_update_norm: Any = "auto"
     max_client_weight: float = 0.75
-    max_loss_ratio: float | None = 3.0
+    max_loss_ratio: float | None = 10.0
 
 
 @dataclass

@@ -18,6 +18,7 @@ from fedl2p.core.functional import Tensors
 from fedl2p.core.learner import Evaluation
 from fedl2p.core.meta_nets import MetaNets
 from fedl2p.experiment.build import build_training
+from fedl2p.experiment.config import fingerprint
 from fedl2p.experiment.context import RunContext, with_weights
 from fedl2p.experiment.methods import (
     FINE_TUNING,
@@ -32,8 +33,9 @@ from fedl2p.federation.checkpoint import load_state, save_state
 from fedl2p.federation.client_app import make_client_app, make_cohort_handlers
 from fedl2p.federation.fedavg import make_pretrain_app, pretrain
 from fedl2p.federation.local import LocalGrid
-from fedl2p.federation.rounds import RoundSettings, decayed, new_state, run_rounds, set_up
+from fedl2p.federation.rounds import decayed, new_state, run_rounds, set_up
 from fedl2p.federation.runtime import ClientRuntime
+from fedl2p.federation.settings import RoundSettings
 from fedl2p.federation.state import MetaState, RoundCallback
 from fedl2p.io import read_json, read_tensors, write_json, write_tensors
 from fedl2p.policy import policy_metadata
@@ -161,6 +163,8 @@ def learned_state(
         max_loss_ratio=config.max_loss_ratio,
         seed=context.config.seed,
     )
+    run = fingerprint(context.config)
+    stored = load_state(file.parent, run=run, template=runtime.lambda_())
     looking_on = [RoundProgress(console=context.console), MetricsFile(path=path / "metrics.jsonl"), *callbacks]
 
     def work(grid: Grid) -> MetaState:
@@ -169,9 +173,9 @@ def learned_state(
         return run_rounds(
             grid,
             federation,
-            load_state(file.parent) or new_state(federation),
+            stored or new_state(federation),
             callbacks=looking_on,
-            save=lambda current: save_state(file.parent, current),
+            save=lambda current: save_state(file.parent, current, run=run),
         )
 
     app, handlers = make_client_app(runtime), make_cohort_handlers(runtime)

@@ -1,6 +1,10 @@
-"""Checkpoints of the rounds: one file, written atomically, loaded without unpickling."""
+"""Checkpoints of the rounds: the last two, written atomically, checked as a whole before anything of them is used."""
 
+import hashlib
 import json
+import logging
+import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +17,19 @@ from fedl2p.federation.state import MetaState, RoundRecord
 from fedl2p.io import read_tensors, write_tensors
 
 FILE_NAME = "rounds.safetensors"
+PREVIOUS = "rounds.previous.safetensors"
+_NEW = "rounds.new.safetensors"
+
+logger = logging.getLogger(__name__)
 
 
-def save_state(folder: Path, state: MetaState) -> None:
-    """Writes the state; a crash leaves the file as it was before.
+def save_state(folder: Path, state: MetaState, *, run: str = "") -> None:
+    """Writes the state and keeps the one before; a crash at any time leaves a whole file.
 
     Args:
         folder: is made if it is not there.
         state: what to keep.
+        run: says which run it belongs to, see `load_state`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"lambda/{name}": t for name, t in state.lambda_.items()}
@@ -30,7 +39,23 @@ def save_state(folder: Path, state: MetaState) -> None:
         "best_round": state.best_round,
         "history": [vars(record) for record in state.history],
     }
-    write_tensors(folder / FILE_NAME, tensors, {"state": json.dumps(numbers)})
+    metadata = {"state": json.dumps(numbers), "run": run, "generation": str(state.round)}
+    metadata["checksum"] = _checksum(tensors, metadata)
+    write_tensors(folder / _NEW, tensors, metadata)
+    if (folder / FILE_NAME).exists():
+        os.replace(folder / FILE_NAME, folder / PREVIOUS)
+    os.replace(folder / _NEW, folder / FILE_NAME)
+
+
+def _checksum(tensors: Tensors, metadata: dict[str, str]) -> str:
+    """Of everything in the file but the checksum itself."""
+    words = sorted((key, value) for key, value in metadata.items() if key != "checksum")
+    digest = hashlib.sha256(json.dumps(words).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def save_statistics(path: Path, statistics: ClientStatistics) -> None:
@@ -61,35 +86,86 @@ def load_statistics(path: Path, device: torch.device | str) -> ClientStatistics:
     )
 
 
-def load_state(folder: Path) -> MetaState | None:
+def load_state(folder: Path, *, run: str | None = None, template: Tensors | None = None) -> MetaState | None:
     """The state in `folder`, or None if there is none.
 
+    Where the last file is of no use, the one before is taken, and the log says so.
+
+    Args:
+        folder: of the checkpoints.
+        run: what `save_state` was given: files of another run are refused; None takes any.
+        template: lambda, for names, shapes and types; None does not check them.
+
     Raises:
-        RunFolderError: the file is damaged.
+        RunFolderError: there are files, but none is of use; with the reason.
     """
-    path = folder / FILE_NAME
-    if not path.exists():
-        return None
+    refused: RunFolderError | None = None
+    for name in (FILE_NAME, PREVIOUS):
+        path = folder / name
+        if not path.exists():
+            continue
+        try:
+            state = _load(path, run, template)
+        except RunFolderError as error:
+            refused = refused or error
+            continue
+        if refused is not None:
+            logger.warning("%s The rounds go on from the checkpoint before, of round %d.", refused, state.round)
+        return state
+    if refused is not None:
+        raise refused
+    return None
+
+
+def _load(path: Path, run: str | None, template: Tensors | None) -> MetaState:
     tensors, metadata = read_tensors(path)
     parts: dict[str, Tensors] = {"lambda": {}, "best": {}}
     for key, tensor in tensors.items():
         part, _, name = key.partition("/")
         parts.setdefault(part, {})[name] = tensor
+    if metadata.get("checksum") != _checksum(tensors, metadata):
+        raise RunFolderError(f"The file {path} is no whole checkpoint of rounds: its checksum is wrong.")
+    if run is not None and metadata.get("run") != run:
+        raise RunFolderError(f"The file {path} is a checkpoint of another run; its configuration or seed differs.")
     try:
-        numbers = json.loads(metadata["state"])
-        history = [_record(r) for r in numbers["history"]]
-    except (KeyError, TypeError, ValueError) as error:
+        state = _state(json.loads(metadata["state"]), parts)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise RunFolderError(f"The file {path} is no checkpoint of rounds; delete or replace it.") from error
+    reason = _unfit(state, template)
+    if reason:
+        raise RunFolderError(f"The file {path} cannot be resumed from: {reason}.")
+    return state
+
+
+def _state(numbers: dict[str, Any], parts: dict[str, Tensors]) -> MetaState:
     return MetaState(
         lambda_=parts["lambda"],
         best_lambda=parts["best"],
         best_loss=numbers["best_loss"],
         best_round=numbers["best_round"],
-        history=history,
+        history=[_record(values) for values in numbers["history"]],
     )
 
 
 def _record(values: dict[str, Any]) -> RoundRecord:
-    # Files of earlier versions have no `clipped`.
-    lists = {key: tuple(values.get(key, ())) for key in ("clients", "clipped")}
-    return RoundRecord(**(values | lists))
+    return RoundRecord(**(values | {key: tuple(values[key]) for key in ("clients", "clipped")}))
+
+
+def _unfit(state: MetaState, template: Tensors | None) -> str:
+    """Why a state that is whole is still none to go on from; empty where it is one."""
+    if [record.round for record in state.history] != list(range(len(state.history))):
+        return "a round is missing in its history"
+    if not isinstance(state.best_round, int) or not 0 <= state.best_round <= max(state.round, 0):
+        return f"its best round is {state.best_round!r}"
+    if not isinstance(state.best_loss, float) or math.isnan(state.best_loss):
+        return f"its best loss is {state.best_loss!r}"
+    for lambda_ in (state.lambda_, state.best_lambda):
+        expected = template if template is not None else state.lambda_
+        if set(lambda_) != set(expected):
+            return f"its tensors are not those of lambda ({', '.join(sorted(set(lambda_) ^ set(expected))[:3])})"
+        for name, reference in expected.items():
+            if (lambda_[name].shape, lambda_[name].dtype) != (reference.shape, reference.dtype):
+                return f"'{name}' has another shape or type than lambda's"
+            if not bool(torch.isfinite(lambda_[name]).all()):
+                return f"'{name}' is not finite"
+    return ""

@@ -15,7 +15,7 @@ from fedl2p.errors import FederationError
 from fedl2p.federation.messages import DESCRIBE, IDENTIFY, instruction
 from fedl2p.federation.replies import Refusal, answers, read_description, read_identity
 
-MAX_STATISTICS_RATIO = 100.0  # how much larger than the median client's a client's statistics can honestly be
+MAX_STATISTICS_RATIO = 50.0  # how much larger than the median client's a client's statistics can honestly be
 _FEWEST = 3  # clients of whom a median says something
 
 

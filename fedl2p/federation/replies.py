@@ -49,7 +49,7 @@ class Update:
 
     Attributes:
         lambda_: after its K meta iterations.
-        meta_loss: its mean validation loss meanwhile.
+        meta_loss: its mean validation loss meanwhile; out of range where it lies or diverges.
         skipped_steps: of the K, those that were not finite and changed nothing.
     """
 
@@ -131,18 +131,15 @@ def read_update(content: RecordDict, template: Tensors) -> Update:
     """A client's new lambda, with the names, shapes and types of `template`."""
     metrics = _metrics(content, [NUM_SAMPLES, META_LOSS, SKIPPED_STEPS], with_arrays=True)
     _whole(metrics, NUM_SAMPLES, 1, MAX_SAMPLES)
-    loss = _real(metrics, META_LOSS)
-    if not abs(loss) <= MAX_LOSS:
-        raise FederationError(f"'{META_LOSS}' is {loss:g}; allowed is a finite number up to {MAX_LOSS:g}")
     return Update(
-        _tensors(content, template, "the update of '{}' is not finite"),
-        loss,
-        _whole(metrics, SKIPPED_STEPS, 0, MAX_STEPS),
+        lambda_=_tensors(content, template, "the update of '{}' is not finite"),
+        meta_loss=_real(metrics, META_LOSS),
+        skipped_steps=_whole(metrics, SKIPPED_STEPS, 0, MAX_STEPS),
     )
 
 
 def read_loss(content: RecordDict) -> float:
-    """A client's validation loss; it may be out of range or not finite, as an honest client's is that diverges."""
+    """A client's validation loss; out of range where it lies or diverges."""
     metrics = _metrics(content, [NUM_SAMPLES, VAL_LOSS])
     _whole(metrics, NUM_SAMPLES, 1, MAX_SAMPLES)
     return _real(metrics, VAL_LOSS)
@@ -155,7 +152,7 @@ def read_model(content: RecordDict, template: Tensors) -> tuple[int, Tensors]:
 
 
 def loss_in_range(loss: float) -> bool:
-    """Whether a validation loss can be honest and of use."""
+    """Whether a validation loss can be honest and of use: an honest client's may be neither where it diverges."""
     return 0 <= loss <= MAX_LOSS
 
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,74 +22,16 @@ from flwr.serverapp import Grid
 
 from fedl2p.core.functional import Tensors
 from fedl2p.core.meta_nets import MetaNets
-from fedl2p.errors import ConfigError, FederationError
-from fedl2p.federation.aggregation import Aggregation, bound_weights, clip_updates, combine, middle
+from fedl2p.errors import FederationError
+from fedl2p.federation.aggregation import bound_weights, clip_updates, combine, middle
 from fedl2p.federation.messages import META_EVALUATE, META_TRAIN, instruction, to_arrays
 from fedl2p.federation.participants import Participant, find_participants, standardize_inputs
 from fedl2p.federation.replies import MAX_LOSS, Refusal, answers, loss_in_range, read_loss, read_update
+from fedl2p.federation.settings import RoundSettings
 from fedl2p.federation.state import MetaState, RoundCallback, RoundRecord
 from fedl2p.seeding import derive_seed
 
-Decay = Literal["none", "cosine"]
 Value = TypeVar("Value")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RoundSettings:
-    """How the rounds go.
-
-    Attributes:
-        rounds: T, the number of the last round; 0 only measures the initial lambda.
-        patience: stop after so many rounds without a better lambda; at least 1.
-        client_fraction: r, the share of the participants in a round, above 0 and at most 1.
-        validation_fraction: the share of the participants in the fixed validation cohort, likewise.
-        min_reply_fraction: of the clients that are asked, the share that must give a usable answer, likewise.
-        meta_lr_decay: `cosine` lowers the meta learning rates to 0 over the rounds; `none` keeps them (the paper).
-        aggregation: how the clients' lambdas become one, see `combine`; `mean` is Algorithm 1's. With the others, the
-            validation losses are combined by a trimmed mean without weights.
-        max_update_norm: how far a client can move lambda in a round, as a Euclidean norm; longer updates are shortened.
-            `auto` follows the updates of the round, see `clip_updates`; None is no limit.
-        max_client_weight: the largest share of a round that one client can weigh, above 0 and at most 1.
-        max_loss_ratio: a round whose validation loss is more than so many times the best one is rolled back to the
-            lambda of that one, at least 1; None never rolls back.
-        seed: of the run.
-
-    Raises:
-        ConfigError: a value outside those.
-    """
-
-    rounds: int = 100
-    patience: int = 100
-    client_fraction: float = 0.1
-    validation_fraction: float = 1.0
-    min_reply_fraction: float = 0.5
-    meta_lr_decay: Decay = "none"
-    aggregation: Aggregation = "mean"
-    max_update_norm: float | Literal["auto"] | None = "auto"
-    max_client_weight: float = 0.75
-    max_loss_ratio: float | None = 3.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Checks the values."""
-        for key in ("client_fraction", "validation_fraction", "min_reply_fraction", "max_client_weight"):
-            value = getattr(self, key)
-            if not 0 < value <= 1:
-                raise ConfigError(f"federation.{key} is {value}; allowed is above 0 and at most 1.")
-        for key, words in (("meta_lr_decay", get_args(Decay)), ("aggregation", get_args(Aggregation))):
-            value = getattr(self, key)
-            if value not in words:
-                allowed = ", ".join(repr(word) for word in words[:-1])
-                raise ConfigError(f"federation.{key} is '{value}'; allowed are {allowed} and {words[-1]!r}.")
-        norm = self.max_update_norm
-        if norm not in ("auto", None) and not 0 < float(norm) < math.inf:
-            raise ConfigError(f"federation.max_update_norm is {norm}; allowed is above 0, 'auto' or null.")
-        if self.max_loss_ratio is not None and not 1 <= self.max_loss_ratio < math.inf:
-            raise ConfigError(f"federation.max_loss_ratio is {self.max_loss_ratio}; allowed is 1 or more, or null.")
-        if self.rounds < 0:
-            raise ConfigError(f"federation.rounds is {self.rounds}; allowed is at least 0.")
-        if self.patience < 1:
-            raise ConfigError(f"federation.patience is {self.patience}; allowed is at least 1.")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -135,20 +77,20 @@ class Training:
     """What a round of training gave.
 
     Attributes:
-        lambda_: the mean of the clients' lambdas.
-        meta_loss: the clients' mean validation loss while they trained, weighted by N_i.
-        clients: whose lambdas were averaged.
+        lambda_: the mean of the clients' lambdas; the old one where most clients diverge from it.
+        meta_loss: the clients' mean validation loss while they trained, weighted by N_i; infinite where most diverge.
         failures: by name, why a client was left out.
-        clipped: names of the clients whose update was shortened.
         skipped_steps: meta iterations that were not finite and changed nothing.
+        clients: whose lambdas were averaged.
+        clipped: names of the clients whose update was shortened.
     """
 
     lambda_: Tensors
     meta_loss: float
-    clients: tuple[Participant, ...]
     failures: dict[str, str]
-    clipped: tuple[str, ...]
     skipped_steps: int
+    clients: tuple[Participant, ...] = ()
+    clipped: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,19 +251,25 @@ def aggregate(federation: Federation, lambda_: Tensors, number: int, replies: It
     Raises:
         FederationError: too few usable replies.
     """
-    settings = federation.settings
+    settings, asked = federation.settings, federation.training_clients(number)
     read = partial(read_update, template=federation.initial)
-    updates, failures = _collected(federation, number, federation.training_clients(number), replies, read)
+    answered, failures = _collected(federation, number, asked, replies, read)
+    updates, out_of_range = _in_range(answered, lambda update: update.meta_loss)
+    skipped_steps = sum(update.skipped_steps for _, update in answered)
+    if len(updates) < federation.needed(asked):  # most diverge from this lambda: nothing is learned from them
+        return Training(
+            lambda_=lambda_, meta_loss=math.inf, failures=failures | out_of_range, skipped_steps=skipped_steps
+        )
     clients = tuple(participant for participant, _ in updates)
     weights = bound_weights([participant.num_samples for participant in clients], settings.max_client_weight)
     lambdas, clipped = clip_updates(lambda_, [update.lambda_ for _, update in updates], settings.max_update_norm)
     return Training(
         lambda_=combine(lambda_, lambdas, weights, settings.aggregation),
         meta_loss=middle([update.meta_loss for _, update in updates], weights, settings.aggregation),
+        failures=failures | out_of_range,
+        skipped_steps=skipped_steps,
         clients=clients,
-        failures=failures,
         clipped=tuple(clients[position].name for position in clipped),
-        skipped_steps=sum(update.skipped_steps for _, update in updates),
     )
 
 
@@ -342,17 +290,13 @@ def combine_losses(federation: Federation, number: int, replies: Iterable[Messag
     Raises:
         FederationError: too few usable replies.
     """
-    asked, settings = federation.validation_clients(), federation.settings
-    measured, failures = _collected(federation, number, asked, replies, read_loss)
-    votes = [(p, loss) for p, loss in measured if loss_in_range(loss)]
-    failures |= {
-        p.name: f"its validation loss is {loss:g}; allowed is 0 to {MAX_LOSS:g}"
-        for p, loss in measured
-        if not loss_in_range(loss)
-    }
+    settings, asked = federation.settings, federation.validation_clients()
+    answered, failures = _collected(federation, number, asked, replies, read_loss)
+    votes, out_of_range = _in_range(answered, lambda loss: loss)
+    failures |= out_of_range
     if len(votes) < federation.needed(asked):
         return Validation(loss=math.inf, failures=failures)
-    weights = bound_weights([p.num_samples for p, _ in votes], settings.max_client_weight)
+    weights = bound_weights([participant.num_samples for participant, _ in votes], settings.max_client_weight)
     return Validation(loss=middle([loss for _, loss in votes], weights, settings.aggregation), failures=failures)
 
 
@@ -393,6 +337,19 @@ def _collected(
             f"(federation.min_reply_fraction {fraction}); '{name}': {reason}."
         )
     return usable, failures
+
+
+def _in_range(
+    answered: Sequence[tuple[Participant, Value]], loss_of: Callable[[Value], float]
+) -> tuple[list[tuple[Participant, Value]], dict[str, str]]:
+    """The answers whose loss is in range, and by name why the others are left out."""
+    good = [(participant, value) for participant, value in answered if loss_in_range(loss_of(value))]
+    reasons = {
+        participant.name: f"its validation loss is {loss_of(value):g}; allowed is 0 to {MAX_LOSS:g}"
+        for participant, value in answered
+        if not loss_in_range(loss_of(value))
+    }
+    return good, reasons
 
 
 def _labelled(failures: dict[str, str], label: str) -> dict[str, str]:

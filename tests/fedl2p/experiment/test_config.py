@@ -8,7 +8,7 @@ import pytest
 
 import fedl2p
 from fedl2p.errors import ConfigError
-from fedl2p.experiment.config import load_config, to_yaml, trainer_only
+from fedl2p.experiment.config import fingerprint, load_config, to_yaml, trainer_only
 from fedl2p.experiment.schema import Config
 
 ROOT = Path(fedl2p.__file__).parents[1]
@@ -285,3 +285,38 @@ def test_a_precision_that_clients_cannot_follow_everywhere_is_refused() -> None:
 def test_an_impossible_cohort_size_is_refused(value: str) -> None:
     with pytest.raises(ConfigError, match=r"federation\.cohort_size is .*'auto', or 1 or more"):
         load_config(["configs/digits.yaml", f"federation.cohort_size={value}"])
+
+
+def test_a_fingerprint_follows_what_a_run_learns_and_nothing_else(tmp_path: Path) -> None:
+    base = ["configs/digits.yaml", f"output_dir={tmp_path}"]
+    own = fingerprint(load_config(base))
+    assert len(own) == 64
+    for same in ("output_dir=elsewhere", "wandb.enabled=false", "threads=2", "federation.rounds=99"):
+        assert fingerprint(load_config([*base, same])) == own
+    for other in ("seed=5", "client.finetune_epochs=6", "federation.client_fraction=0.4", "data.init_args.alpha=2"):
+        assert fingerprint(load_config([*base, other])) != own
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("federation.aggregation=mode", "'mean' or 'median' or 'trimmed_mean' or 'krum'"),
+        ("federation.max_update_norm=0", "above 0, 'auto' or null"),
+        ("federation.max_update_norm=true", "above 0, 'auto' or null"),
+        ("federation.max_update_norm=large", "above 0, 'auto' or null"),
+        ("federation.max_client_weight=0", "above 0 and at most 1"),
+        ("federation.max_loss_ratio=0.5", "1 or more"),
+        ("federation.max_loss_ratio=.nan", "1 or more"),
+    ],
+)
+def test_bounds_on_clients_are_checked(override: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(["configs/digits.yaml", f"output_dir={tmp_path}", override])
+    assert override.partition("=")[0] in str(caught.value)
+    assert words in str(caught.value)
+
+
+def test_bounds_on_clients_can_be_switched_off(tmp_path: Path) -> None:
+    off = ["federation.max_update_norm=null", "federation.max_loss_ratio=null", "federation.max_client_weight=1"]
+    federation = load_config(["configs/digits.yaml", f"output_dir={tmp_path}", *off]).federation
+    assert (federation.max_update_norm, federation.max_loss_ratio, federation.max_client_weight) == (None, None, 1.0)

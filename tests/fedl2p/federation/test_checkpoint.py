@@ -3,13 +3,14 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from fedl2p import io
 from fedl2p.errors import RunFolderError
-from fedl2p.federation.checkpoint import FILE_NAME, load_state, save_state
+from fedl2p.federation.checkpoint import FILE_NAME, PREVIOUS, load_state, save_state
 from fedl2p.federation.state import MetaState, RoundRecord
 from fedl2p.io import write_tensors
 
@@ -81,10 +82,97 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path: Path, monkeypatch: 
     assert loaded.round == 1
 
 
-def test_nothing_but_the_file_is_left_in_the_folder(tmp_path: Path) -> None:
-    save_state(tmp_path, make_state())
+def test_nothing_but_the_last_two_files_is_left_in_the_folder(tmp_path: Path) -> None:
     save_state(tmp_path, make_state())
     assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
+    for _ in range(3):
+        save_state(tmp_path, make_state())
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([FILE_NAME, PREVIOUS])
+
+
+def saved_twice(folder: Path) -> MetaState:
+    """Rounds 1 and 2 on disk; returns the state of round 1."""
+    state = make_state()
+    save_state(folder, state, run="a")
+    loaded = load_state(folder, run="a")
+    assert loaded is not None
+    state.add(RoundRecord(round=2, val_loss=0.5), state.lambda_)
+    save_state(folder, state, run="a")
+    return loaded
+
+
+def flip(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 4
+    path.write_bytes(bytes(content))
+
+
+def test_a_flipped_bit_is_found_and_the_checkpoint_before_is_taken(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    earlier = saved_twice(tmp_path)
+    whole = (tmp_path / FILE_NAME).read_bytes()
+    generator = torch.Generator().manual_seed(0)
+    for position in torch.randint(len(whole), (200,), generator=generator).tolist():
+        caplog.clear()
+        (tmp_path / FILE_NAME).write_bytes(whole)
+        flip(tmp_path / FILE_NAME, position)
+        loaded = load_state(tmp_path, run="a")
+        assert loaded is not None
+        assert loaded.history == earlier.history
+        assert "The rounds go on from the checkpoint before, of round 1." in caplog.text
+    flip(tmp_path / PREVIOUS, -1)
+    with pytest.raises(RunFolderError, match=FILE_NAME):
+        load_state(tmp_path, run="a")
+
+
+def test_a_lost_last_file_leaves_the_one_before(tmp_path: Path) -> None:
+    saved_twice(tmp_path)
+    (tmp_path / FILE_NAME).unlink()
+    loaded = load_state(tmp_path, run="a")
+    assert loaded is not None
+    assert loaded.round == 1
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    saved_twice(tmp_path)
+    with pytest.raises(RunFolderError, match="another run; its configuration or seed differs"):
+        load_state(tmp_path, run="b")
+
+
+def rewritten(folder: Path, change: Any, **options: Any) -> MetaState | None:
+    """Loads a file of which something was changed before it was written, so that its checksum is right."""
+    state = make_state()
+    change(state)
+    save_state(folder, state)
+    return load_state(folder, **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda state: state.lambda_["base_lr"].fill_(math.nan), "'base_lr' is not finite"),
+        (lambda state: state.best_lambda["double"].fill_(math.inf), "'double' is not finite"),
+        (lambda state: state.best_lambda.pop("scalar"), r"not those of lambda \(scalar\)"),
+        (lambda state: state.history.pop(0), "a round is missing"),
+        (lambda state: setattr(state, "best_round", 7), "its best round is 7"),
+        (lambda state: setattr(state, "best_round", "0"), "its best round is '0'"),
+        (lambda state: setattr(state, "best_loss", math.nan), "its best loss is nan"),
+        (lambda state: setattr(state, "best_loss", None), "its best loss is None"),
+    ],
+)
+def test_a_whole_file_that_makes_no_sense_is_refused_with_the_reason(tmp_path: Path, change: Any, reason: str) -> None:
+    with pytest.raises(RunFolderError, match=reason):
+        rewritten(tmp_path, change)
+
+
+def test_a_lambda_of_other_nets_is_refused(tmp_path: Path) -> None:
+    template = {name: t.clone() for name, t in make_state().lambda_.items()}
+    assert rewritten(tmp_path, lambda state: None, template=template) is not None
+    with pytest.raises(RunFolderError, match="'base_lr' has another shape or type"):
+        load_state(tmp_path, template=template | {"base_lr": torch.zeros(4)})
+    with pytest.raises(RunFolderError, match=r"not those of lambda \(more\)"):
+        load_state(tmp_path, template=template | {"more": torch.zeros(1)})
 
 
 @pytest.mark.parametrize("damage", [b"", b"not tensors at all", None], ids=["empty", "other", "cut short"])

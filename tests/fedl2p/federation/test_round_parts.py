@@ -1,6 +1,7 @@
 """The parts of a round: who is asked, and how replies become one lambda; with replies made by hand."""
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,7 +18,6 @@ from fedl2p.federation.messages import META_EVALUATE, META_TRAIN, from_arrays, r
 from fedl2p.federation.participants import find_participants
 from fedl2p.federation.rounds import (
     Federation,
-    RoundSettings,
     Training,
     Validation,
     aggregate,
@@ -26,6 +26,7 @@ from fedl2p.federation.rounds import (
     training_messages,
     validation_messages,
 )
+from fedl2p.federation.settings import RoundSettings
 
 LIKE = {"base_lr": torch.zeros(2), "scalar": torch.tensor(0.0)}
 SAMPLES = {10: 30, 20: 10, 30: 60, 40: 1}
@@ -164,6 +165,17 @@ def test_the_meta_loss_is_weighted_and_leaves_out_what_is_not_finite() -> None:
         federation, LIKE, 1, answers(federation, values, {10: 2.0, 20: math.nan, 30: 4.0, 40: math.inf})
     )
     assert training.meta_loss == pytest.approx((30 * 2 + 60 * 4) / 90)
+
+
+def test_where_most_clients_diverge_lambda_stays_and_they_are_named() -> None:
+    federation = make_federation()
+    losses = dict.fromkeys((10, 20, 30), math.nan)
+    training = aggregate(federation, LIKE, 1, answers(federation, dict.fromkeys(SAMPLES, 1.0), losses))
+    assert training.lambda_ is LIKE
+    assert training.clients == ()
+    assert training.meta_loss == math.inf
+    assert set(training.failures) == {"client-10", "client-20", "client-30"}
+    assert training.skipped_steps == 4
 
 
 def test_too_few_good_replies_stop_the_run_with_the_reason() -> None:
@@ -322,6 +334,24 @@ def test_a_client_that_cannot_describe_itself_stops_the_run_with_the_reason() ->
 def test_fractions_outside_0_to_1_are_refused_by_name(key: str, value: float) -> None:
     with pytest.raises(ConfigError, match=rf"federation\.{key} is {value}"):
         make_federation(**{key: value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("max_update_norm", 0.0, "federation.max_update_norm is 0.0; allowed is above 0, 'auto' or null"),
+        ("max_update_norm", math.inf, "federation.max_update_norm is inf"),
+        ("max_client_weight", 0.0, "federation.max_client_weight is 0.0"),
+        ("max_client_weight", 1.5, "federation.max_client_weight is 1.5"),
+        ("max_loss_ratio", 0.5, "federation.max_loss_ratio is 0.5; allowed is 1 or more, or null"),
+        ("max_loss_ratio", math.nan, "federation.max_loss_ratio is nan"),
+        ("aggregation", "mode", "'mode'; allowed are 'mean', 'median', 'trimmed_mean' and 'krum'"),
+        ("rounds", -1, "federation.rounds is -1"),
+    ],
+)
+def test_other_settings_outside_their_range_are_refused_by_name(key: str, value: Any, words: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        RoundSettings(**{key: value})
 
 
 def test_an_unknown_decay_is_refused() -> None:

@@ -23,8 +23,9 @@ from fedl2p.federation.checkpoint import load_state, save_state
 from fedl2p.federation.client_app import make_client_app, make_cohort_handlers
 from fedl2p.federation.local import LocalGrid, flower_run
 from fedl2p.federation.messages import from_arrays, to_arrays
-from fedl2p.federation.rounds import RoundSettings, Validation, new_state, run_rounds, set_up
+from fedl2p.federation.rounds import Validation, new_state, run_rounds, set_up
 from fedl2p.federation.runtime import ClientRuntime, quiet_trainer
+from fedl2p.federation.settings import RoundSettings
 from fedl2p.federation.state import MetaState, RoundCallback, RoundRecord
 from fedl2p.federation.strategy import FedL2PStrategy
 
@@ -416,6 +417,26 @@ def test_a_round_whose_loss_is_not_finite_is_never_the_best(bad: float) -> None:
     never = Scripted([bad, bad]).run(1)
     assert never.best_round == 0
     assert same(never.best_lambda, Federation().start)
+
+
+@pytest.mark.parametrize("bad", [30.0, math.inf])
+def test_a_ruined_round_is_rolled_back_to_the_best_lambda_and_said(bad: float) -> None:
+    recorder = Recorder()
+    state = Scripted([3.0, 2.0, 2.5, bad, 2.2]).run(4, callbacks=[recorder])
+    assert [record.rolled_back for record in state.history] == [False, False, False, True, False]
+    assert same(recorder.lambdas[3], recorder.lambdas[1])
+    assert not same(recorder.lambdas[2], recorder.lambdas[1])
+    assert not same(recorder.lambdas[4], recorder.lambdas[3])
+
+
+def test_a_round_after_a_ruined_one_goes_on_from_the_best_lambda_after_a_restart_too(tmp_path: Path) -> None:
+    script = [3.0, 2.0, 30.0, 2.2, 2.1]
+    whole = Scripted(script).run(4)
+    save_state(tmp_path, Scripted(script).run(2))
+    stored = load_state(tmp_path)
+    assert stored is not None
+    assert stored.history[2].rolled_back
+    assert same(Scripted(script[3:]).run(4, state=stored).lambda_, whole.lambda_)
 
 
 def test_patience_ends_the_rounds() -> None:
