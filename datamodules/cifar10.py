@@ -116,16 +116,18 @@ class CIFAR10DataModule(DomainsDataModule):
     """CIFAR-10: inputs of shape (3, 32, 32), normalized by channel, 10 classes.
 
     The training images are dealt to all clients, of whatever pool, by a Dirichlet distribution, and a client's
-    validation set is a part of its own; the published test images are dealt so that each client has its own labels
-    again. The paper has 1,000 seen clients of 40 + 10 + 10 images, at alpha 1000, 1.0, 0.5 and 0.1 (section 4.1), and
-    trains the global model on the same ones (`pretraining.pool: seen`).
+    validation set is a part of its own; the published test images are dealt so that each client is tested on its own
+    labels again. The paper has 1,000 seen clients of 40 + 10 + 10 images, at alpha 1000, 1.0, 0.5 and 0.1 (section
+    4.1), and trains the global model on the same ones (`pretraining.pool: seen`).
 
     Args:
         root: The folder with CIFAR-10; None is ``cifar10`` among the data sets.
         download: Fetch what is missing by torchvision.
+        published: Which of the published parts is divided among the clients. ``train`` is as above. ``test`` takes the
+            10,000 test images for all three roles: for a global model that was trained on the training images.
         augment: Shift and mirror the images of training batches.
         samples_per_client: The old name of `client_size`.
-        **options: `batch_size`, and the words of `Split` in `split_keys`.
+        **options: `batch_size`, and the words of `Split` in `split_keys`; `test_fraction` is for ``published="test"``.
 
     Raises:
         DataError: If an argument is not as above. `prepare_data` and `setup` raise it when the files are missing or
@@ -147,6 +149,7 @@ class CIFAR10DataModule(DomainsDataModule):
         "pretrain_clients",
         "client_size",
         "val_fraction",
+        "test_fraction",
     )
 
     def __init__(
@@ -154,6 +157,7 @@ class CIFAR10DataModule(DomainsDataModule):
         root: str | os.PathLike[str] | None = None,
         *,
         download: bool = False,
+        published: str = "train",
         augment: bool = False,
         samples_per_client: int | None = None,
         **options: Any,
@@ -162,6 +166,9 @@ class CIFAR10DataModule(DomainsDataModule):
             _LOGGER.warning("samples_per_client is now called client_size; the old name goes with the next release.")
             options.setdefault("client_size", samples_per_client)
         super().__init__(**options)
+        if published not in ("train", "test"):
+            raise DataError(f"published is {published!r}; it must be 'train' or 'test'.")
+        self.published = published
         self.augmentation = crop_and_flip if augment else None
         self.download = download
         self.root = data_folder(root, "cifar10")
@@ -183,9 +190,10 @@ class CIFAR10DataModule(DomainsDataModule):
 
     def find(self) -> Iterable[Domain]:
         """One domain; a sample's key is its image."""
-        splits = read_cifar10(self.root)
-        train, test = (Samples(list(images), labels) for images, labels in (splits["train"], splits["test"]))
-        yield Domain("cifar10", train, test)
+        only_test = self.published == "test"
+        found = read_cifar10(self.root, only_test=True) if only_test else read_cifar10(self.root)
+        parts = {name: Samples(list(images), labels) for name, (images, labels) in found.items()}
+        yield Domain("cifar10", parts[self.published], None if only_test else parts["test"])
 
     def read(self, keys: Sequence[Bytes]) -> Tensor:
         """Shape (n, 3, 32, 32), uint8."""

@@ -51,7 +51,8 @@ class SpeechCommandsDataModule(PeopleDataModule):
 
     Ten words, silence, and all other words as one class. The seen clients are the training speakers with the most
     clips, the unseen ones are drawn from the speakers of the published validation and test lists; where there are no
-    lists, as in the published test archive, both come from all speakers. The paper has 250 and 50 (section 4.1).
+    lists, as in the published test archive, both are drawn from the speakers with the most clips. The paper has 250 and
+    50 (section 4.1).
     Clips of other words are thinned out, and clips of silence are dealt out, so that of each a client has
     `unknown_fraction` and `silence_fraction` of its number of clips of the ten words; where there is too little
     silence, all have proportionally less. Of clips with the same bytes one is kept.

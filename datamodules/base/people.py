@@ -99,18 +99,8 @@ class PeopleDataModule(FederatedDataModule):
     def _pools(self, people: People) -> dict[str, str]:
         """Each client's pool by name, in the order of the pools."""
         split = self.split
-        large = {name for name, samples in people.samples.items() if len(samples) >= split.min_samples}
-        rng = self.rng(0)
-        known = [str(name) for name in rng.permutation(sorted(set(people.seen) & large))]
-        if split.largest_first:
-            known.sort(key=lambda name: len(people.samples[name]), reverse=True)
-        seen, rest = known[: split.seen_clients], known[split.seen_clients :]
-        pretrain = rest[: split.pretrain_clients]
-        taken = {*seen, *pretrain}
-        others = [str(name) for name in rng.permutation(sorted(set(people.unseen) & large - taken))]
-        unseen = others[: split.unseen_clients]
+        chosen = self._chosen(people)
         wanted = {"pretrain": split.pretrain_clients, "seen": split.seen_clients, "unseen": split.unseen_clients}
-        chosen = {"pretrain": pretrain, "seen": seen, "unseen": unseen}
         for pool in POOLS:
             if len(chosen[pool]) < wanted[pool]:
                 raise DataError(
@@ -118,3 +108,21 @@ class PeopleDataModule(FederatedDataModule):
                     f"{split.min_samples} samples are left for that pool; ask for fewer, or lower min_samples."
                 )
         return {name: pool for pool in POOLS for name in sorted(chosen[pool])}
+
+    def _chosen(self, people: People) -> dict[str, list[str]]:
+        """Names by pool; fewer than are wanted where there are no more people."""
+        split, rng = self.split, self.rng(0)
+        large = {name for name, samples in people.samples.items() if len(samples) >= split.min_samples}
+        known = [str(name) for name in rng.permutation(sorted(set(people.seen) & large))]
+        seen, both = split.seen_clients, split.seen_clients + split.unseen_clients
+        if split.largest_first:
+            known.sort(key=lambda name: len(people.samples[name]), reverse=True)
+        if split.largest_first and set(people.seen) == set(people.unseen):
+            # Every unseen person would otherwise be smaller than every seen one.
+            largest = [str(name) for name in rng.permutation(known[:both])]
+            pretrain = known[both : both + split.pretrain_clients]
+            return {"pretrain": pretrain, "seen": largest[:seen], "unseen": largest[seen:]}
+        pretrain = known[seen : seen + split.pretrain_clients]
+        taken = {*known[:seen], *pretrain}
+        others = [str(name) for name in rng.permutation(sorted(set(people.unseen) & large - taken))]
+        return {"pretrain": pretrain, "seen": known[:seen], "unseen": others[: split.unseen_clients]}
