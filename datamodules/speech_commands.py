@@ -18,7 +18,7 @@ from fedl2p.datamodules.base.domains import Samples
 from fedl2p.datamodules.base.partition import IntArray
 from fedl2p.datamodules.base.people import People, PeopleDataModule
 from fedl2p.datamodules.base.split import MIN_PERSON_SAMPLES, Split
-from fedl2p.datamodules.io.files import data_folder, download, missing_data, with_bar
+from fedl2p.datamodules.io.files import download, missing_data, with_bar
 from fedl2p.datamodules.io.mfcc import CLIP_SECONDS, Clip, cached_mfcc, wave_seconds
 from fedl2p.errors import DataError
 
@@ -76,6 +76,7 @@ class SpeechCommandsDataModule(PeopleDataModule):
     # Mean and deviation over the published test archive, so that inputs are of the order of 1.
     mean = (-10.4,)
     std = (53.8,)
+    folder = "speech_commands_v2"
     split = Split(seen_clients=250, unseen_clients=50, largest_first=True)
 
     def __init__(
@@ -88,14 +89,13 @@ class SpeechCommandsDataModule(PeopleDataModule):
         silence_fraction: float = 0.1,
         **options: Any,
     ) -> None:
-        super().__init__(**options)
+        super().__init__(root, **options)
         for name, fraction in (("unknown_fraction", unknown_fraction), ("silence_fraction", silence_fraction)):
             if not 0 <= fraction < np.inf:
                 raise DataError(f"{name} is {fraction}; it must be a number from 0.")
         self.unknown_fraction = unknown_fraction
         self.silence_fraction = silence_fraction
         self.download = download
-        self.root = data_folder(root, "speech_commands_v2")
         self.cache = None if cache is None else Path(cache)
 
     def prepare_data(self) -> None:

@@ -1,5 +1,6 @@
 """Data sets that people divide: one client a speaker or a writer."""
 
+import os
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from fedl2p.datamodules.base.domains import Samples
 from fedl2p.datamodules.base.federated import ClientData, FederatedDataModule
 from fedl2p.datamodules.base.partition import client_roles
 from fedl2p.datamodules.base.split import Split
+from fedl2p.datamodules.io.files import data_folder
 from fedl2p.errors import DataError
 from fedl2p.pools import POOLS
 
@@ -35,9 +37,10 @@ class People:
 class PeopleDataModule(FederatedDataModule):
     """One client a person; a subclass says who there is, and reads their samples.
 
-    A subclass sets `num_classes`, and implements `find` and `read`.
+    A subclass sets `num_classes` and `folder`, and implements `find` and `read`.
 
     Args:
+        root: The folder with the files; None looks for `folder` among the data sets.
         **options: `batch_size`, and the words of `Split` in `split_keys`.
 
     Raises:
@@ -59,6 +62,12 @@ class PeopleDataModule(FederatedDataModule):
     """What is taken off each channel, in units of the scaled inputs."""
     std: Sequence[float] | None = None
     """What each channel is divided by."""
+    folder: str = "people"
+    """The data set's folder among all data sets."""
+
+    def __init__(self, root: str | os.PathLike[str] | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        self.root = data_folder(root, self.folder)
 
     @abstractmethod
     def find(self) -> People:
