@@ -4,6 +4,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Any
 
 import lightning as L
@@ -16,7 +17,7 @@ from fedl2p.datamodules.base.arrays import ArrayDataset
 from fedl2p.datamodules.base.fingerprint import client_hash, reads_a_set
 from fedl2p.datamodules.base.split import Split
 from fedl2p.datamodules.base.validation import check_clients
-from fedl2p.errors import DataError
+from fedl2p.errors import DataError, FedL2PError
 from fedl2p.pools import POOLS, ROLES
 from fedl2p.seeding import derive_seed, seeded_generators
 
@@ -183,14 +184,22 @@ class FederatedDataModule(L.LightningDataModule, ABC):
             stage: Ignored: all stages share the clients.
 
         Raises:
-            DataError: If `num_classes` is not set, a name is used twice, a pool is unknown, there is no seen
-                client, or a client's train, val or test set is empty or has no length.
+            DataError: If `num_classes` is not set, `build_clients` fails, a name is used twice, a pool is unknown,
+                there is no seen client, or a client's train, val or test set is empty or has no length.
         """
         if self._clients is None:
+            name = type(self).__name__
             if not hasattr(self, "num_classes"):
-                raise DataError(f"{type(self).__name__} does not set num_classes; it must be a whole number.")
-            with seeded_generators(derive_seed(self.seed, "clients")):
-                clients = tuple(self.build_clients())
+                raise DataError(f"{name} does not set num_classes; it must be a whole number.")
+            if not isinstance(self.num_classes, Integral) or self.num_classes < 1:
+                raise DataError(f"num_classes of {name} is {self.num_classes!r}; it must be a whole number from 1.")
+            try:
+                with seeded_generators(derive_seed(self.seed, "clients")):
+                    clients = tuple(self.build_clients())
+            except FedL2PError:
+                raise
+            except Exception as error:  # a user's class may raise anything
+                raise DataError(f"{name} cannot build its clients: {type(error).__name__}: {error}") from error
             _check_clients(clients)
             self._clients = clients
 
@@ -323,6 +332,8 @@ def _check_at_least(least: int, **values: int) -> None:
 def _check_clients(clients: tuple[ClientData, ...]) -> None:
     names: set[str] = set()
     for client in clients:
+        if not isinstance(client, ClientData):
+            raise DataError(f"build_clients gives a {type(client).__name__}; it must give ClientData.")
         if client.name in names:
             raise DataError(f"Two clients are called {client.name!r}; a client's name must be unique.")
         names.add(client.name)

@@ -62,8 +62,8 @@ class PeopleDataModule(FederatedDataModule):
     """What is taken off each channel, in units of the scaled inputs."""
     std: Sequence[float] | None = None
     """What each channel is divided by."""
-    folder: str = "people"
-    """The data set's folder among all data sets."""
+    folder: str = ""
+    """The data set's folder in the folder of all data sets, which it is itself where this is empty."""
 
     def __init__(self, root: str | os.PathLike[str] | None = None, **options: Any) -> None:
         super().__init__(**options)

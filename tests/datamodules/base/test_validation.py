@@ -121,6 +121,23 @@ def test_sets_that_are_no_sets_of_pairs(dataset: Any, message: str) -> None:
         Two(val=dataset).check()
 
 
+@pytest.mark.parametrize("classes", [0, 2.5, "three", None])
+def test_the_number_of_classes_must_be_one(classes: Any) -> None:
+    data = Two()
+    data.num_classes = classes
+    with pytest.raises(DataError, match=f"num_classes of Two is {classes!r}; it must be a whole number from 1"):
+        data.setup()
+
+
+def test_what_is_no_client_is_named() -> None:
+    class Wrong(Two):
+        def build_clients(self) -> Iterable[Any]:
+            return [{"name": "a"}]
+
+    with pytest.raises(DataError, match="build_clients gives a dict; it must give ClientData"):
+        Wrong().setup()
+
+
 def test_inputs_of_several_tensors_must_be_finite_too() -> None:
     def words(value: float) -> list[dict[str, Tensor]]:
         return [{"tokens": torch.arange(4), "weights": torch.full((4,), value)}] * SIZE
