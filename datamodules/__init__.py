@@ -31,3 +31,8 @@ __all__ = [
     "Split",
     "TensorsDataModule",
 ]
+
+if __name__ == "datamodules":  # in a clone, by the folder's own name
+    from fedl2p._aliases import make_alias
+
+    make_alias(__name__, "fedl2p.datamodules")

@@ -1,6 +1,5 @@
 """Where data sets lie on disk, what to say where they do not, and how they get there."""
 
-import contextlib
 import hashlib
 import http.client
 import os
@@ -9,25 +8,15 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
 from fedl2p.errors import DataError
+from fedl2p.progress import ProgressBar
 
 Item = TypeVar("Item")
 
@@ -86,18 +75,15 @@ def with_bar(items: Sequence[Item], description: str, *, patience: float = 2.0) 
         description: Left of the bar, such as "Reading images".
         patience: Seconds after which the bar appears; it goes when all is done.
     """
-    console = Console(stderr=True)
-    start = time.monotonic()
-    with contextlib.ExitStack() as stack:
-        advance: Callable[[], None] | None = None
-        for done, item in enumerate(items):
-            if advance is None and console.is_terminal and time.monotonic() - start >= patience:
-                columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-                bar = stack.enter_context(Progress(*columns, console=console, transient=True))
-                advance = partial(bar.advance, bar.add_task(description, total=len(items), completed=done))
+    bar, start = ProgressBar(description, len(items), transient=True), time.monotonic()
+    try:
+        for item in items:
+            if time.monotonic() - start >= patience:
+                bar.start()
             yield item
-            if advance is not None:
-                advance()
+            bar.advance()
+    finally:
+        bar.stop()
 
 
 def download(url: str, path: Path, *, sha256: str) -> None:
@@ -142,17 +128,11 @@ def _fetch(url: str, part: Path) -> None:
     with response:
         resumed = response.status == 206
         rest = int(response.headers.get("Content-Length") or 0)
-        with part.open("ab" if resumed else "wb") as file, _bar(rest + start * resumed, start * resumed) as advance:
+        done, total = start * resumed, rest + start * resumed
+        bar = ProgressBar("Downloading", total or None, done=done, unit="bytes", transient=True)
+        with part.open("ab" if resumed else "wb") as file, bar:
             while block := response.read(1 << 20):
                 file.write(block)
-                advance(len(block))
-        if rest and part.stat().st_size != rest + start * resumed:
+                bar.advance(len(block))
+        if rest and part.stat().st_size != total:
             raise OSError("the connection was cut off")
-
-
-@contextlib.contextmanager
-def _bar(total: int, done: int) -> Iterator[Callable[[int], None]]:
-    columns = (TextColumn("Downloading"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("download", total=total or None, completed=done)
-        yield lambda size: progress.advance(task, size)

@@ -1,6 +1,7 @@
 """Mel-frequency cepstral coefficients of one-second clips, computed once and kept on disk."""
 
 import hashlib
+import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor
 
 from fedl2p.datamodules.io.files import with_bar
-from fedl2p.errors import DataError
+from fedl2p.errors import DataError, RunFolderError
+from fedl2p.io import write_atomically
 
 CLIP_SECONDS = 1.0
 COEFFICIENTS = 40
@@ -96,13 +98,11 @@ def _read_kept(place: Path, count: int) -> np.ndarray | None:
 
 def _kept(place: Path, array: np.ndarray) -> bool:
     """Writes the array whole or not at all; False where that is not possible."""
-    temporary = place.with_name(f"{place.name}.{os.getpid()}.tmp")
+    content = io.BytesIO()
+    np.save(content, array)
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            np.save(file, array)
-        os.replace(temporary, place)
-    except OSError:
+        write_atomically(place, content.getvalue())
+    except RunFolderError:
         return False
     return True
 
