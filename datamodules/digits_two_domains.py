@@ -136,7 +136,7 @@ def _from_npz(place: Path) -> dict[str, tuple[Tensor, IntArray]]:
         ):
             raise DataError(
                 f"{place} has {name}_images of type {images.dtype} and shape {images.shape}, and {name}_labels of "
-                f"type {labels.dtype} and shape {labels.shape}; they must be bytes of shape (n, height, width), and "
+                f"shape {labels.shape} and type {labels.dtype}; they must be bytes of shape (n, height, width), and "
                 "whole numbers of shape (n,)."
             )
     return {name: (torch.from_numpy(images), labels.astype(np.int64)) for name, (images, labels) in found.items()}

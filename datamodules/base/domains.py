@@ -10,7 +10,8 @@ import numpy as np
 from torch import Tensor
 
 from fedl2p.datamodules.base.arrays import ArrayDataset, Arrays, Augmentation
-from fedl2p.datamodules.base.federated import ClientData, FederatedDataModule
+from fedl2p.datamodules.base.client import ClientData
+from fedl2p.datamodules.base.federated import FederatedDataModule
 from fedl2p.datamodules.base.partition import IntArray, dirichlet_clients, stratified_roles
 from fedl2p.errors import DataError
 from fedl2p.pools import POOLS, ROLES

@@ -10,8 +10,9 @@ import numpy as np
 from torch import Tensor
 
 from fedl2p.datamodules.base.arrays import ArrayDataset, Arrays
+from fedl2p.datamodules.base.client import ClientData
 from fedl2p.datamodules.base.domains import Samples
-from fedl2p.datamodules.base.federated import ClientData, FederatedDataModule
+from fedl2p.datamodules.base.federated import FederatedDataModule
 from fedl2p.datamodules.base.partition import client_roles
 from fedl2p.datamodules.base.split import Split
 from fedl2p.datamodules.io.files import data_folder

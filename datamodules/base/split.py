@@ -79,7 +79,7 @@ class Split:
         for word in fields(self):
             value = getattr(self, word.name)
             if "least" in word.metadata and not (value is None and word.default is None):
-                _check_count(word.name, value, word.metadata["least"])
+                check_count(word.name, value, word.metadata["least"])
             elif "share" in word.metadata:
                 _check_share(word.name, value, zero=word.metadata["zero"])
             elif word.name.endswith("domains") and word.default is None and value is not None:
@@ -105,7 +105,8 @@ def _is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _check_count(name: str, value: object, least: int) -> None:
+def check_count(name: str, value: object, least: int) -> None:
+    """Raises a DataError if a value is no whole number, or below the least."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
         raise DataError(f"{name} is {value!r}; it must be at least {least}, a whole number.")
 

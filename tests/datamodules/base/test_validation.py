@@ -181,7 +181,7 @@ class Mine(FederatedDataModule):
             train, val, test = (TensorDataset(torch.rand(8, 1, 8, 8), torch.arange(8) % 2) for role in range(3))
             if number == 2:
                 test.tensors[0][5, 0, 0, 0] = float("nan")
-            yield ClientData(name=f"hospital-{number}", pool="seen", **sets)
+            yield ClientData(name=f"hospital-{number}", pool="seen", train=train, val=val, test=test)
 """
 
 
