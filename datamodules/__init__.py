@@ -1,6 +1,7 @@
 """Who has what data: clients in pools, ways to divide a data set among them, and one file a data set."""
 
-from fedl2p.datamodules.base.federated import ClientData, ClientDataModule, FederatedDataModule
+from fedl2p.datamodules.base.client import ClientData, ClientDataModule
+from fedl2p.datamodules.base.federated import FederatedDataModule
 from fedl2p.datamodules.base.split import Split
 from fedl2p.datamodules.cifar10 import CIFAR10DataModule
 from fedl2p.datamodules.cifar10c import CIFAR10CDataModule

@@ -14,8 +14,9 @@ from torch import Tensor
 from fedl2p.datamodules.base.domains import Domain, DomainsDataModule, Samples
 from fedl2p.datamodules.base.partition import IntArray, stratified_roles
 from fedl2p.datamodules.base.split import Split
-from fedl2p.datamodules.cifar10 import CLASSES, MEAN, STD, Bytes, Labelled, as_inputs, read_cifar10
+from fedl2p.datamodules.cifar10 import CLASSES, MEAN, STD
 from fedl2p.datamodules.corruptions.cifar10 import COMPUTED, corrupt
+from fedl2p.datamodules.io.cifar10 import Bytes, Labelled, as_inputs, read_cifar10
 from fedl2p.datamodules.io.files import data_folder, missing_data
 from fedl2p.errors import DataError
 

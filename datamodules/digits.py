@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from fedl2p.datamodules.base.federated import ClientData, FederatedDataModule
+from fedl2p.datamodules.base.client import ClientData
+from fedl2p.datamodules.base.federated import FederatedDataModule
 from fedl2p.datamodules.base.partition import (
     FloatArray,
     IntArray,
@@ -71,7 +72,7 @@ class DigitsDataModule(FederatedDataModule):
     num_classes = 10
     split = Split(alpha=0.5, pretrain_clients=10, seen_clients=48, unseen_clients=24)
     alpha: float
-    split_keys = ("seed", "alpha", "pretrain_clients", "seen_clients", "unseen_clients")
+    split_keys = ("seed", "alpha", "unseen_domains", "pretrain_clients", "seen_clients", "unseen_clients")
 
     def __init__(
         self, *, domains: Sequence[str] = DOMAINS, train_sizes: Sequence[int] = (8, 16, 32, 64), **options: Any
@@ -98,7 +99,7 @@ class DigitsDataModule(FederatedDataModule):
             self._check_supply(pool, num_clients, roles[pool])
         plans = list(self._pretrain_plans(pretrain, labels))
         for pool, _, num_clients in shifted:
-            for domain, count in zip(self.domains, self._clients_a_domain(num_clients), strict=True):
+            for domain, count in self._clients_a_domain(pool, num_clients).items():
                 plans += self._domain_plans(pool, domain, count, roles[pool], labels)
         return plans
 
@@ -162,13 +163,18 @@ class DigitsDataModule(FederatedDataModule):
             "test": np.maximum(8, np.rint(train / 2).astype(np.int64)),
         }
 
-    def _clients_a_domain(self, num_clients: int) -> list[int]:
-        """The clients of each domain, as even as possible."""
-        least, more = divmod(num_clients, len(self.domains))
-        return [least + (position < more) for position in range(len(self.domains))]
+    def _domains_of(self, pool: str) -> list[str]:
+        """The domains of the seen or the unseen pool; those that are kept aside are of the unseen one alone."""
+        return [name for name in self.domains if pool == "unseen" or name not in (self.split.unseen_domains or ())]
+
+    def _clients_a_domain(self, pool: str, num_clients: int) -> dict[str, int]:
+        """The clients of each of the pool's domains, as even as possible."""
+        domains = self._domains_of(pool)
+        least, more = divmod(num_clients, len(domains))
+        return {name: least + (position < more) for position, name in enumerate(domains)}
 
     def _check_supply(self, pool: str, num_clients: int, supply: Mapping[str, IntArray]) -> None:
-        count = max(self._clients_a_domain(num_clients))
+        count = max(self._clients_a_domain(pool, num_clients).values())
         for role, sizes in self._sizes(count).items():
             if sizes.sum() > len(supply[role]):
                 raise DataError(
@@ -190,11 +196,15 @@ class DigitsDataModule(FederatedDataModule):
             raise DataError(
                 f"pretrain_clients is {self.split.pretrain_clients}; it must be from 1 to {_PRETRAIN_MOST}."
             )
-        for name in ("seen_clients", "unseen_clients"):
-            if getattr(self.split, name) < len(self.domains):
-                raise DataError(
-                    f"{name} is {getattr(self.split, name)}; it must be at least {len(self.domains)}, one a domain."
-                )
+        aside = self.split.unseen_domains or ()
+        if not set(aside) < set(self.domains):
+            raise DataError(
+                f"unseen_domains is {list(aside)}; it must be some, and not all, of {', '.join(self.domains)}."
+            )
+        for pool in ("seen", "unseen"):
+            clients, least = getattr(self.split, f"{pool}_clients"), len(self._domains_of(pool))
+            if clients < least:
+                raise DataError(f"{pool}_clients is {clients}; it must be at least {least}, one a domain.")
 
 
 def _severities(count: int) -> FloatArray:

@@ -5,7 +5,6 @@ LeCun, Bottou, Bengio and Haffner, "Gradient-based learning applied to document 
 """
 
 import os
-import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor
 from fedl2p.datamodules.base.domains import Domain, DomainsDataModule, Samples
 from fedl2p.datamodules.base.partition import IntArray
 from fedl2p.datamodules.base.split import Split
-from fedl2p.datamodules.io.files import data_folder, missing_data
+from fedl2p.datamodules.io.files import data_folder, missing_data, read_npz
 from fedl2p.errors import DataError
 
 DOMAINS = ("mnist", "usps")
@@ -125,14 +124,9 @@ class DigitsTwoDomainsDataModule(DomainsDataModule):
 
 
 def _from_npz(place: Path) -> dict[str, tuple[Tensor, IntArray]]:
-    try:
-        # numpy leaves a file open that it opened itself and cannot read.
-        with place.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            found = {name: (file[f"{name}_images"], file[f"{name}_labels"]) for name in DOMAINS}
-    except KeyError as error:
-        raise DataError(f"{place} has no array {error}; it must hold images and labels of mnist and usps.") from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{place} cannot be read: {error}") from error
+    names = [f"{domain}_{kind}" for domain in DOMAINS for kind in ("images", "labels")]
+    arrays = read_npz(place, names)
+    found = dict(zip(DOMAINS, zip(arrays[::2], arrays[1::2], strict=True), strict=True))
     for name, (images, labels) in found.items():
         if (
             images.dtype != np.uint8
@@ -142,7 +136,7 @@ def _from_npz(place: Path) -> dict[str, tuple[Tensor, IntArray]]:
         ):
             raise DataError(
                 f"{place} has {name}_images of type {images.dtype} and shape {images.shape}, and {name}_labels of "
-                f"type {labels.dtype} and shape {labels.shape}; they must be bytes of shape (n, height, width), and "
+                f"shape {labels.shape} and type {labels.dtype}; they must be bytes of shape (n, height, width), and "
                 "whole numbers of shape (n,)."
             )
     return {name: (torch.from_numpy(images), labels.astype(np.int64)) for name, (images, labels) in found.items()}

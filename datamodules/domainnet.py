@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from fedl2p.datamodules.base.domains import Domain, Samples
+from fedl2p.datamodules.base.image_domains import ImageDomainsDataModule
 from fedl2p.datamodules.base.split import Split
-from fedl2p.datamodules.image_folder import ImageDomainsDataModule
-from fedl2p.datamodules.io.files import data_folder, missing_data
+from fedl2p.datamodules.io.files import missing_data
 from fedl2p.errors import DataError
 
 DOMAINS = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")
@@ -63,6 +63,7 @@ class DomainNetDataModule(ImageDomainsDataModule):
             or broken, or a list has no image of a class.
     """
 
+    folder = "domainnet"
     domain_names = DOMAINS
     split = Split(alpha=1.0, clients_per_domain=25, equal_domains=True)
     split_keys = tuple(key for key in ImageDomainsDataModule.split_keys if key != "test_fraction")
@@ -74,10 +75,9 @@ class DomainNetDataModule(ImageDomainsDataModule):
         classes: Sequence[str] = CLASSES,
         **options: Any,
     ) -> None:
-        super().__init__(**options)
+        super().__init__(root, **options)
         if not classes or len(set(classes)) < len(classes):
             raise DataError(f"The classes are {list(classes)}; name at least one, and each at most once.")
-        self.root = data_folder(root, "domainnet")
         self.classes = tuple(classes)
         self.num_classes = len(self.classes)
 

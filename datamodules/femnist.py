@@ -5,11 +5,9 @@ classes: the digits, then the capital, then the small letters.
 """
 
 import json
-import os
 import string
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +16,7 @@ from torch import Tensor
 from fedl2p.datamodules.base.domains import Samples
 from fedl2p.datamodules.base.people import People, PeopleDataModule
 from fedl2p.datamodules.base.split import Split
-from fedl2p.datamodules.io.files import data_folder, missing_data, with_bar
+from fedl2p.datamodules.io.files import missing_data, with_bar
 from fedl2p.datamodules.io.images import image_files, read_images
 from fedl2p.errors import DataError
 
@@ -48,10 +46,7 @@ class FEMNISTDataModule(PeopleDataModule):
     num_classes = 62
     classes = tuple(string.digits + string.ascii_uppercase + string.ascii_lowercase)
     split = Split(seen_clients=200, unseen_clients=50, min_samples=50)
-
-    def __init__(self, root: str | os.PathLike[str] | None = None, **options: Any) -> None:
-        super().__init__(**options)
-        self.root = data_folder(root, "femnist")
+    folder = "femnist"
 
     def prepare_data(self) -> None:
         """Looks for the files.

@@ -1,77 +1,15 @@
-"""A user's own image files, by domain and class; and what all data sets of image files share."""
+"""A user's own image files, by domain and class."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from torch import Tensor
-
-from fedl2p.datamodules.base.domains import Domain, DomainsDataModule, Samples
-from fedl2p.datamodules.io.files import data_folder, missing_data
-from fedl2p.datamodules.io.images import IMAGENET_MEAN, IMAGENET_STD, Fit, flip_and_rotate, image_files, read_images
+from fedl2p.datamodules.base.domains import Domain
+from fedl2p.datamodules.base.image_domains import ImageDomainsDataModule, class_samples, subfolders
+from fedl2p.datamodules.io.files import missing_data
+from fedl2p.datamodules.io.images import Fit, image_files
 from fedl2p.errors import DataError
-
-
-class ImageDomainsDataModule(DomainsDataModule):
-    """Domains whose samples are image files: inputs of shape (3, image_size, image_size), or (1, ...) in grey.
-
-    Args:
-        image_size: Side of the images in pixels, at least 1.
-        fit: ``crop`` scales the short side and cuts out the middle; ``stretch`` scales both sides and loses nothing.
-        grayscale: One channel instead of three.
-        mean: Taken off each channel, in units of [0, 1]; None is ImageNet's (in grey: its average).
-        std: Divided by, likewise.
-        augment: Mirror and turn training images by up to 30 degrees, see `flip_and_rotate`.
-        **options: The arguments of `DomainsDataModule`.
-
-    Raises:
-        DataError: If an argument is not as above.
-    """
-
-    def __init__(
-        self,
-        *,
-        image_size: int = 224,
-        fit: Fit = "stretch",
-        grayscale: bool = False,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        augment: bool = True,
-        **options: Any,
-    ) -> None:
-        super().__init__(**options)
-        if image_size < 1:
-            raise DataError(f"image_size is {image_size}; it must be at least 1.")
-        self.image_size = image_size
-        self.fit: Fit = fit
-        self.grayscale = grayscale
-        self.mean = _channels(IMAGENET_MEAN, grayscale) if mean is None else tuple(mean)
-        self.std = _channels(IMAGENET_STD, grayscale) if std is None else tuple(std)
-        self.augmentation = flip_and_rotate if augment else None
-
-    def read(self, keys: Sequence[Path]) -> Tensor:
-        """The images of some files, shape (n, channels, image_size, image_size), uint8."""
-        return read_images(keys, self.image_size, fit=self.fit, grayscale=self.grayscale)
-
-
-def _channels(values: Sequence[float], grayscale: bool) -> tuple[float, ...]:
-    return (sum(values) / len(values),) if grayscale else tuple(values)
-
-
-def class_samples(folders: Sequence[Path | None]) -> Samples:
-    """The image files in a folder for each class, None for a class that is not there."""
-    files = [[] if folder is None else image_files(folder) for folder in folders]
-    labels = np.repeat(np.arange(len(files), dtype=np.int64), [len(own) for own in files])
-    return Samples([path for own in files for path in own], labels)
-
-
-def subfolders(folder: Path) -> list[Path]:
-    """The folders in a folder, by name, without hidden ones."""
-    with os.scandir(folder) as entries:
-        names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-    return [folder / name for name in names]
 
 
 class ImageFolderDataModule(ImageDomainsDataModule):
@@ -96,6 +34,8 @@ class ImageFolderDataModule(ImageDomainsDataModule):
             image cannot be read.
     """
 
+    folder = "image_folder"
+
     def __init__(
         self,
         root: str | os.PathLike[str] | None = None,
@@ -104,8 +44,7 @@ class ImageFolderDataModule(ImageDomainsDataModule):
         augment: bool = False,
         **options: Any,
     ) -> None:
-        super().__init__(fit=fit, augment=augment, **options)
-        self.root = data_folder(root, "image_folder")
+        super().__init__(root, fit=fit, augment=augment, **options)
 
     def prepare_data(self) -> None:
         """Looks for the folder.

@@ -4,15 +4,13 @@ Gong, Shi, Sha and Grauman, "Geodesic Flow Kernel for Unsupervised Domain Adapta
 Office-31 (Saenko et al. 2010) and Caltech-256 (Griffin et al. 2007) have in common. 2,533 images.
 """
 
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from fedl2p.datamodules.base.domains import Domain
+from fedl2p.datamodules.base.image_domains import ImageDomainsDataModule, class_samples, subfolders
 from fedl2p.datamodules.base.split import Split
-from fedl2p.datamodules.image_folder import ImageDomainsDataModule, class_samples, subfolders
-from fedl2p.datamodules.io.files import data_folder, missing_data
+from fedl2p.datamodules.io.files import missing_data
 
 DOMAINS = ("amazon", "caltech", "dslr", "webcam")
 CLASSES = (
@@ -61,7 +59,7 @@ class OfficeCaltech10DataModule(ImageDomainsDataModule):
 
     Args:
         root: The folder; None looks for ``office_caltech10`` among the data sets.
-        **options: `batch_size`, arguments of `ImageDomainsDataModule`, and the words of `Split` in `split_keys`.
+        **options: The other arguments of `ImageDomainsDataModule`, and the words of `Split` in `split_keys`.
 
     Raises:
         DataError: If an argument is not as above. `prepare_data` and `setup` raise it when folders or images are
@@ -72,10 +70,7 @@ class OfficeCaltech10DataModule(ImageDomainsDataModule):
     classes = CLASSES
     domain_names = DOMAINS
     split = Split(equal_domains=True)
-
-    def __init__(self, root: str | os.PathLike[str] | None = None, **options: Any) -> None:
-        super().__init__(**options)
-        self.root = data_folder(root, "office_caltech10")
+    folder = "office_caltech10"
 
     def prepare_data(self) -> None:
         """Looks for the folders of all classes in all domains.

@@ -18,7 +18,7 @@ from fedl2p.datamodules.base.domains import Samples
 from fedl2p.datamodules.base.partition import IntArray
 from fedl2p.datamodules.base.people import People, PeopleDataModule
 from fedl2p.datamodules.base.split import MIN_PERSON_SAMPLES, Split
-from fedl2p.datamodules.io.files import data_folder, download, missing_data, with_bar
+from fedl2p.datamodules.io.files import download, missing_data, with_bar
 from fedl2p.datamodules.io.mfcc import CLIP_SECONDS, Clip, cached_mfcc, wave_seconds
 from fedl2p.errors import DataError
 
@@ -51,7 +51,8 @@ class SpeechCommandsDataModule(PeopleDataModule):
 
     Ten words, silence, and all other words as one class. The seen clients are the training speakers with the most
     clips, the unseen ones are drawn from the speakers of the published validation and test lists; where there are no
-    lists, as in the published test archive, both come from all speakers. The paper has 250 and 50 (section 4.1).
+    lists, as in the published test archive, both are drawn from the speakers with the most clips. The paper has 250 and
+    50 (section 4.1).
     Clips of other words are thinned out, and clips of silence are dealt out, so that of each a client has
     `unknown_fraction` and `silence_fraction` of its number of clips of the ten words; where there is too little
     silence, all have proportionally less. Of clips with the same bytes one is kept.
@@ -75,6 +76,7 @@ class SpeechCommandsDataModule(PeopleDataModule):
     # Mean and deviation over the published test archive, so that inputs are of the order of 1.
     mean = (-10.4,)
     std = (53.8,)
+    folder = "speech_commands_v2"
     split = Split(seen_clients=250, unseen_clients=50, largest_first=True)
 
     def __init__(
@@ -87,14 +89,13 @@ class SpeechCommandsDataModule(PeopleDataModule):
         silence_fraction: float = 0.1,
         **options: Any,
     ) -> None:
-        super().__init__(**options)
+        super().__init__(root, **options)
         for name, fraction in (("unknown_fraction", unknown_fraction), ("silence_fraction", silence_fraction)):
             if not 0 <= fraction < np.inf:
                 raise DataError(f"{name} is {fraction}; it must be a number from 0.")
         self.unknown_fraction = unknown_fraction
         self.silence_fraction = silence_fraction
         self.download = download
-        self.root = data_folder(root, "speech_commands_v2")
         self.cache = None if cache is None else Path(cache)
 
     def prepare_data(self) -> None:

@@ -12,7 +12,8 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from fedl2p.datamodules.base.arrays import ArrayDataset, Arrays
-from fedl2p.datamodules.base.federated import ClientData, FederatedDataModule
+from fedl2p.datamodules.base.client import ClientData
+from fedl2p.datamodules.base.federated import FederatedDataModule
 from fedl2p.datamodules.base.partition import IntArray, client_roles, stratified_roles
 from fedl2p.datamodules.base.split import Split
 from fedl2p.errors import DataError

@@ -12,6 +12,7 @@ PACKAGE = Path(fedl2p.__file__).parent
 ROOMS: dict[str, int] = {
     "errors": 0,
     "io": 0,
+    "pools": 0,
     "progress": 0,
     "seeding": 0,
     "signals": 0,
@@ -29,7 +30,7 @@ ROOMS: dict[str, int] = {
     "cli": 9,
 }
 """How high each room lies; a room imports from its own and from lower ones."""
-FROM_DATAMODULES = {"errors", "io", "progress", "seeding", "_aliases", "datamodules"}
+FROM_DATAMODULES = {"errors", "io", "pools", "progress", "seeding", "_aliases", "datamodules"}
 """What data modules import: they know nothing of the method."""
 
 

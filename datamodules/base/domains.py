@@ -10,7 +10,8 @@ import numpy as np
 from torch import Tensor
 
 from fedl2p.datamodules.base.arrays import ArrayDataset, Arrays, Augmentation
-from fedl2p.datamodules.base.federated import ClientData, FederatedDataModule
+from fedl2p.datamodules.base.client import ClientData
+from fedl2p.datamodules.base.federated import FederatedDataModule
 from fedl2p.datamodules.base.partition import IntArray, dirichlet_clients, stratified_roles
 from fedl2p.errors import DataError
 from fedl2p.pools import POOLS, ROLES
@@ -87,6 +88,7 @@ class DomainsDataModule(FederatedDataModule):
         "unseen_clients_per_domain",
         "pretrain_clients_per_domain",
         "pretrain_domains",
+        "unseen_domains",
         "client_size",
         "val_fraction",
         "test_fraction",
@@ -139,8 +141,10 @@ class DomainsDataModule(FederatedDataModule):
             )
 
     def client_counts(self, domain: str) -> tuple[int, int, int]:
-        """How many clients a domain has in each of `POOLS`."""
+        """How many clients a domain has in each of `POOLS`: one that is kept aside has unseen ones alone, as many."""
         split = self.split
+        if domain in (split.unseen_domains or ()):
+            return 0, 0, split.clients_per_domain + split.unseen_clients_per_domain
         pretrains = split.pretrain_domains is None or domain in split.pretrain_domains
         pretrain = split.pretrain_clients_per_domain if pretrains else 0
         return pretrain, split.clients_per_domain, split.unseen_clients_per_domain
@@ -155,7 +159,7 @@ class DomainsDataModule(FederatedDataModule):
         found = {domain.name: domain for domain in self.find()}
         names = tuple(found) if self.domains is None else self.domains
         _check_names(names, tuple(found))
-        _check_names(self.split.pretrain_domains or (), names)
+        _check_names((*(self.split.pretrain_domains or ()), *(self.split.unseen_domains or ())), names)
         domains = [found[name] for name in names]
         for domain in domains:
             for samples in (domain.samples, domain.test):

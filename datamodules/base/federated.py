@@ -1,129 +1,25 @@
-"""One client's data as a LightningDataModule, and a federation of such clients in three pools."""
+"""A federation of clients in three pools, as a LightningDataModule."""
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 
 from fedl2p.datamodules.base.arrays import ArrayDataset
+from fedl2p.datamodules.base.client import ClientData, ClientDataModule, num_samples
 from fedl2p.datamodules.base.fingerprint import client_hash, reads_a_set
-from fedl2p.datamodules.base.split import Split
+from fedl2p.datamodules.base.split import Split, check_count
 from fedl2p.datamodules.base.validation import check_clients
-from fedl2p.errors import DataError
+from fedl2p.errors import DataError, FedL2PError
 from fedl2p.pools import POOLS, ROLES
 from fedl2p.seeding import derive_seed, seeded_generators
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ClientData:
-    """Who one client is and what it has.
-
-    Attributes:
-        name: Unique over the federation, such as ``seen-blur-03``.
-        pool: One of `POOLS`.
-        domain: What kind of data this is; clients of one domain resemble each other.
-        train: Map-style data set of ``(x, y)``: a float tensor and a class number (int or 0-d tensor). Of an
-            `ArrayDataset` the training batches are augmented, those of statistics are not.
-        val: As `train`; the meta-learning loss is measured here.
-        test: As `train`; used for reports alone.
-        details: Numbers that a report may show, such as ``{"severity": 0.4}``.
-    """
-
-    name: str
-    pool: str
-    domain: str = "all"
-    train: Dataset[Any]
-    val: Dataset[Any]
-    test: Dataset[Any]
-    details: Mapping[str, float] = field(default_factory=dict)
-
-
-class _BatchSampler(Sampler[list[int]]):
-    """Lists of indices, a batch each; a last batch of one sample joins the batch before it.
-
-    Every new iteration of a shuffled sampler gives another order; the sequence of orders depends on the seed
-    alone.
-    """
-
-    def __init__(self, num_samples: int, batch_size: int, *, shuffle_seed: int | None = None) -> None:
-        ends = [*range(batch_size, num_samples, batch_size), num_samples]
-        # Batch norm has no statistics of one value, and dropping the sample would waste data.
-        if len(ends) > 1 and batch_size > 1 and num_samples - ends[-2] == 1:
-            del ends[-2]
-        self._num_samples = num_samples
-        self._bounds = list(zip([0, *ends], ends, strict=False))
-        self._generator = None if shuffle_seed is None else torch.Generator().manual_seed(shuffle_seed)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        if self._generator is None:
-            order = list(range(self._num_samples))
-        else:
-            order = torch.randperm(self._num_samples, generator=self._generator).tolist()
-        return (order[start:end] for start, end in self._bounds)
-
-    def __len__(self) -> int:
-        return len(self._bounds)
-
-
-def _loader(dataset: Dataset[Any], batch_size: int, shuffle_seed: int | None = None) -> DataLoader[Any]:
-    batches = _BatchSampler(_size(dataset), batch_size, shuffle_seed=shuffle_seed)
-    # A loader without a generator of its own draws from the global one at each iteration.
-    generator = torch.Generator().manual_seed(shuffle_seed or 0)
-    if shuffle_seed is not None and isinstance(dataset, ArrayDataset):
-        dataset = dataset.augmented(torch.Generator().manual_seed(shuffle_seed))
-    # Of tensor data sets only the class itself surely accepts a list of indices: a subclass may transform samples.
-    if type(dataset) is TensorDataset or isinstance(dataset, ArrayDataset):
-        return DataLoader(dataset, sampler=batches, batch_size=None, generator=generator)
-    return DataLoader(dataset, batch_sampler=batches, generator=generator)
-
-
-class ClientDataModule(L.LightningDataModule):
-    """One client's data as ``Trainer.fit(client, datamodule=...)`` takes it.
-
-    Batches are pairs ``(x, y)`` of shapes ``(n, *input_shape)`` and ``(n,)``. No batch has a single sample
-    unless the data set has just one or the batch size is 1: such a last batch is merged into the one before.
-
-    Args:
-        client: The client.
-        batch_size: Samples in a training batch, at least 1.
-        seed: Fixes the order of the training samples; nothing else does. At least 0.
-        evaluation_batch_size: Samples in every other batch, at least 1.
-
-    Raises:
-        DataError: If a batch size is below 1 or the seed is negative.
-    """
-
-    def __init__(self, client: ClientData, *, batch_size: int, seed: int = 0, evaluation_batch_size: int = 256) -> None:
-        super().__init__()
-        _check_at_least(1, batch_size=batch_size, evaluation_batch_size=evaluation_batch_size)
-        _check_at_least(0, seed=seed)
-        self.client = client
-        self.batch_size = batch_size
-        self.evaluation_batch_size = evaluation_batch_size
-        self.seed = seed
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Training batches, shuffled anew by each iteration; every new loader starts from `seed` again."""
-        return _loader(self.client.train, self.batch_size, self.seed)
-
-    def statistics_dataloader(self) -> DataLoader[Any]:
-        """The training set in its own order, in evaluation batches."""
-        return _loader(self.client.train, self.evaluation_batch_size)
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        """The validation set in its own order."""
-        return _loader(self.client.val, self.evaluation_batch_size)
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        """The test set in its own order."""
-        return _loader(self.client.test, self.evaluation_batch_size)
 
 
 class FederatedDataModule(L.LightningDataModule, ABC):
@@ -158,7 +54,7 @@ class FederatedDataModule(L.LightningDataModule, ABC):
 
     def __init__(self, *, batch_size: int = 32, **split: Any) -> None:
         super().__init__()
-        _check_at_least(1, batch_size=batch_size)
+        check_count("batch_size", batch_size, 1)
         self.batch_size = batch_size
         unknown = [name for name in split if name not in self.split_keys]
         if unknown:
@@ -183,14 +79,22 @@ class FederatedDataModule(L.LightningDataModule, ABC):
             stage: Ignored: all stages share the clients.
 
         Raises:
-            DataError: If `num_classes` is not set, a name is used twice, a pool is unknown, there is no seen
-                client, or a client's train, val or test set is empty or has no length.
+            DataError: If `num_classes` is not set, `build_clients` fails, a name is used twice, a pool is unknown,
+                there is no seen client, or a client's train, val or test set is empty or has no length.
         """
         if self._clients is None:
+            name = type(self).__name__
             if not hasattr(self, "num_classes"):
-                raise DataError(f"{type(self).__name__} does not set num_classes; it must be a whole number.")
-            with seeded_generators(derive_seed(self.seed, "clients")):
-                clients = tuple(self.build_clients())
+                raise DataError(f"{name} does not set num_classes; it must be a whole number.")
+            if not isinstance(self.num_classes, Integral) or self.num_classes < 1:
+                raise DataError(f"num_classes of {name} is {self.num_classes!r}; it must be a whole number from 1.")
+            try:
+                with seeded_generators(derive_seed(self.seed, "clients")):
+                    clients = tuple(self.build_clients())
+            except FedL2PError:
+                raise
+            except Exception as error:  # a user's class may raise anything
+                raise DataError(f"{name} cannot build its clients: {type(error).__name__}: {error}") from error
             _check_clients(clients)
             self._clients = clients
 
@@ -228,7 +132,7 @@ class FederatedDataModule(L.LightningDataModule, ABC):
     def client_sizes(self, client_id: int) -> tuple[int, int, int]:
         """How many train, val and test samples a client has."""
         client = self.clients[client_id]
-        return _size(client.train), _size(client.val), _size(client.test)
+        return num_samples(client.train), num_samples(client.val), num_samples(client.test)
 
     def check(self) -> None:
         """Looks at the samples before they are used: all that are in memory, others for a few seconds.
@@ -288,10 +192,6 @@ class FederatedDataModule(L.LightningDataModule, ABC):
         ]
 
 
-def _size(dataset: Dataset[Any]) -> int:
-    return len(dataset)  # type: ignore[arg-type]  # map-style by contract; _check_clients has looked
-
-
 def _full_signature(cls: type[FederatedDataModule]) -> inspect.Signature:
     """A class's arguments and, where its constructor hands on others, those of the classes above it."""
     found: dict[str, inspect.Parameter] = {}
@@ -314,15 +214,11 @@ def _full_signature(cls: type[FederatedDataModule]) -> inspect.Signature:
     return inspect.Signature(list(found.values()))
 
 
-def _check_at_least(least: int, **values: int) -> None:
-    for name, value in values.items():
-        if value < least:
-            raise DataError(f"{name} is {value}; it must be at least {least}.")
-
-
 def _check_clients(clients: tuple[ClientData, ...]) -> None:
     names: set[str] = set()
     for client in clients:
+        if not isinstance(client, ClientData):
+            raise DataError(f"build_clients gives a {type(client).__name__}; it must give ClientData.")
         if client.name in names:
             raise DataError(f"Two clients are called {client.name!r}; a client's name must be unique.")
         names.add(client.name)

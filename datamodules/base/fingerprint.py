@@ -2,18 +2,16 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fedl2p.datamodules.base.arrays import ArrayDataset
+from fedl2p.datamodules.base.client import ClientData
 from fedl2p.datamodules.base.validation import held_tensors, in_memory, read_sample
 from fedl2p.pools import ROLES
-
-if TYPE_CHECKING:
-    from fedl2p.datamodules.base.federated import ClientData
 
 MAX_READS = 4096
 """Samples of a federation that are read at most where they are not in memory; at least one of each set is."""
@@ -21,7 +19,7 @@ MAX_READS = 4096
 Digest = Any  # hashlib's objects have no public type
 
 
-def client_hash(client: "ClientData", reads: int) -> str:
+def client_hash(client: ClientData, reads: int) -> str:
     """Sixteen hexadecimal digits for what a client has.
 
     Args:

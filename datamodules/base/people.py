@@ -1,5 +1,6 @@
 """Data sets that people divide: one client a speaker or a writer."""
 
+import os
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,10 +10,12 @@ import numpy as np
 from torch import Tensor
 
 from fedl2p.datamodules.base.arrays import ArrayDataset, Arrays
+from fedl2p.datamodules.base.client import ClientData
 from fedl2p.datamodules.base.domains import Samples
-from fedl2p.datamodules.base.federated import ClientData, FederatedDataModule
+from fedl2p.datamodules.base.federated import FederatedDataModule
 from fedl2p.datamodules.base.partition import client_roles
 from fedl2p.datamodules.base.split import Split
+from fedl2p.datamodules.io.files import data_folder
 from fedl2p.errors import DataError
 from fedl2p.pools import POOLS
 
@@ -35,9 +38,10 @@ class People:
 class PeopleDataModule(FederatedDataModule):
     """One client a person; a subclass says who there is, and reads their samples.
 
-    A subclass sets `num_classes`, and implements `find` and `read`.
+    A subclass sets `num_classes` and `folder`, and implements `find` and `read`.
 
     Args:
+        root: The folder with the files; None looks for `folder` among the data sets.
         **options: `batch_size`, and the words of `Split` in `split_keys`.
 
     Raises:
@@ -59,6 +63,12 @@ class PeopleDataModule(FederatedDataModule):
     """What is taken off each channel, in units of the scaled inputs."""
     std: Sequence[float] | None = None
     """What each channel is divided by."""
+    folder: str = ""
+    """The data set's folder in the folder of all data sets, which it is itself where this is empty."""
+
+    def __init__(self, root: str | os.PathLike[str] | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        self.root = data_folder(root, self.folder)
 
     @abstractmethod
     def find(self) -> People:
@@ -99,18 +109,8 @@ class PeopleDataModule(FederatedDataModule):
     def _pools(self, people: People) -> dict[str, str]:
         """Each client's pool by name, in the order of the pools."""
         split = self.split
-        large = {name for name, samples in people.samples.items() if len(samples) >= split.min_samples}
-        rng = self.rng(0)
-        known = [str(name) for name in rng.permutation(sorted(set(people.seen) & large))]
-        if split.largest_first:
-            known.sort(key=lambda name: len(people.samples[name]), reverse=True)
-        seen, rest = known[: split.seen_clients], known[split.seen_clients :]
-        pretrain = rest[: split.pretrain_clients]
-        taken = {*seen, *pretrain}
-        others = [str(name) for name in rng.permutation(sorted(set(people.unseen) & large - taken))]
-        unseen = others[: split.unseen_clients]
+        chosen = self._chosen(people)
         wanted = {"pretrain": split.pretrain_clients, "seen": split.seen_clients, "unseen": split.unseen_clients}
-        chosen = {"pretrain": pretrain, "seen": seen, "unseen": unseen}
         for pool in POOLS:
             if len(chosen[pool]) < wanted[pool]:
                 raise DataError(
@@ -118,3 +118,21 @@ class PeopleDataModule(FederatedDataModule):
                     f"{split.min_samples} samples are left for that pool; ask for fewer, or lower min_samples."
                 )
         return {name: pool for pool in POOLS for name in sorted(chosen[pool])}
+
+    def _chosen(self, people: People) -> dict[str, list[str]]:
+        """Names by pool; fewer than are wanted where there are no more people."""
+        split, rng = self.split, self.rng(0)
+        large = {name for name, samples in people.samples.items() if len(samples) >= split.min_samples}
+        known = [str(name) for name in rng.permutation(sorted(set(people.seen) & large))]
+        seen, both = split.seen_clients, split.seen_clients + split.unseen_clients
+        if split.largest_first:
+            known.sort(key=lambda name: len(people.samples[name]), reverse=True)
+        if split.largest_first and set(people.seen) == set(people.unseen):
+            # Every unseen person would otherwise be smaller than every seen one.
+            largest = [str(name) for name in rng.permutation(known[:both])]
+            pretrain = known[both : both + split.pretrain_clients]
+            return {"pretrain": pretrain, "seen": largest[:seen], "unseen": largest[seen:]}
+        pretrain = known[seen : seen + split.pretrain_clients]
+        taken = {*known[:seen], *pretrain}
+        others = [str(name) for name in rng.permutation(sorted(set(people.unseen) & large - taken))]
+        return {"pretrain": pretrain, "seen": known[:seen], "unseen": others[: split.unseen_clients]}

@@ -30,6 +30,7 @@ class Split:
         seed: Fixes who has which samples; nothing else does. From 0.
         domains: Names of the domains that are used, in the order of the clients; None is all.
         pretrain_domains: Domains that have pretrain clients; None is all.
+        unseen_domains: Domains that are kept aside: all their clients are unseen ones. None is none.
         equal_domains: Cut every domain, at random, to the size of the smallest.
         seen_clients: Clients of the seen pool (who learn together) in the whole federation, at least 1.
         unseen_clients: Likewise of the unseen pool (who come afterwards), from 0.
@@ -44,7 +45,8 @@ class Split:
         client_size: Samples of a client, without those of a test split that the publisher made; at least 2. None deals
             out all that there are.
         min_samples: People with fewer samples are no clients; at least 3.
-        largest_first: Take the people with the most samples, instead of drawing them.
+        largest_first: Take the people with the most samples for the seen pool, instead of drawing them. Where the same
+            people could be unseen, both pools are drawn from the largest, so that their clients are of comparable size.
         val_fraction: Share of a client's samples *that are not for testing* which goes to validation, in (0, 1).
         test_fraction: Share of a client's samples for testing, in (0, 1).
 
@@ -55,6 +57,7 @@ class Split:
     seed: int = _count(0, 0)
     domains: Sequence[str] | None = None
     pretrain_domains: Sequence[str] | None = None
+    unseen_domains: Sequence[str] | None = None
     equal_domains: bool = False
     seen_clients: int = _count(1, 1)
     unseen_clients: int = _count(0, 0)
@@ -76,13 +79,16 @@ class Split:
         for word in fields(self):
             value = getattr(self, word.name)
             if "least" in word.metadata and not (value is None and word.default is None):
-                _check_count(word.name, value, word.metadata["least"])
+                check_count(word.name, value, word.metadata["least"])
             elif "share" in word.metadata:
                 _check_share(word.name, value, zero=word.metadata["zero"])
             elif word.name.endswith("domains") and word.default is None and value is not None:
                 object.__setattr__(self, word.name, _names(word.name, value))
         if self.alpha is not None and not (_is_number(self.alpha) and self.alpha > 0):
             raise DataError(f"alpha is {self.alpha!r}; it must be a positive number, or None for no skew.")
+        both = [name for name in self.pretrain_domains or () if name in (self.unseen_domains or ())]
+        if both:
+            raise DataError(f"pretrain_domains and unseen_domains both have {both[0]!r}; a domain is in one of them.")
         if self.unseen_fraction + self.pretrain_fraction >= 1:
             raise DataError(
                 f"unseen_fraction is {self.unseen_fraction} and pretrain_fraction {self.pretrain_fraction}; they must "
@@ -99,7 +105,8 @@ def _is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _check_count(name: str, value: object, least: int) -> None:
+def check_count(name: str, value: object, least: int) -> None:
+    """Raises a DataError if a value is no whole number, or below the least."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
         raise DataError(f"{name} is {value!r}; it must be at least {least}, a whole number.")
 

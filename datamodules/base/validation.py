@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,17 +10,15 @@ from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
 from fedl2p.datamodules.base.arrays import ArrayDataset
+from fedl2p.datamodules.base.client import ClientData
 from fedl2p.errors import DataError
 from fedl2p.pools import ROLES
-
-if TYPE_CHECKING:
-    from fedl2p.datamodules.base.federated import ClientData
 
 MAX_SECONDS = 5.0
 """How long data sets that are read sample by sample are looked at; the first and last sample of each always are."""
 
 
-def read_sample(client: "ClientData", role: str, position: int) -> tuple[Any, Any]:
+def read_sample(client: ClientData, role: str, position: int) -> tuple[Any, Any]:
     """One sample, whose errors name the client.
 
     Raises:
@@ -50,7 +48,7 @@ def held_tensors(dataset: Dataset[Any]) -> tuple[Tensor, ...]:
     return dataset.tensors
 
 
-def check_clients(clients: Sequence["ClientData"], num_classes: int) -> None:
+def check_clients(clients: Sequence[ClientData], num_classes: int) -> None:
     """Looks at the samples of all clients: all that are in memory, others for a few seconds.
 
     Args:
@@ -82,13 +80,13 @@ def check_clients(clients: Sequence["ClientData"], num_classes: int) -> None:
 class _Check:
     """The rules, with the first client's first input as the model of all."""
 
-    def __init__(self, num_classes: int, first: "ClientData") -> None:
+    def __init__(self, num_classes: int, first: ClientData) -> None:
         self.num_classes = num_classes
         self.first = first.name
         inputs = read_sample(first, ROLES[0], 0)[0]
         self.shape = tuple(np.shape(inputs)) if isinstance(inputs, Tensor | np.ndarray) else None
 
-    def tensors(self, client: "ClientData", role: str) -> None:
+    def tensors(self, client: ClientData, role: str) -> None:
         """All samples of a set that is in memory."""
         where = f"Client {client.name!r}: its {role} set"
         dataset = getattr(client, role)
@@ -102,7 +100,7 @@ class _Check:
             self._wrong_shape(where, inputs.shape[1:])
         self._labels(where, labels)
 
-    def sample(self, client: "ClientData", role: str, position: int) -> None:
+    def sample(self, client: ClientData, role: str, position: int) -> None:
         """One sample of any set."""
         where = f"Client {client.name!r}: sample {position} of its {role} set"
         inputs, label = read_sample(client, role, position)

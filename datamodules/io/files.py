@@ -6,9 +6,14 @@ import os
 import time
 import urllib.error
 import urllib.request
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from fedl2p.errors import DataError
 from fedl2p.progress import ProgressBar
@@ -43,6 +48,23 @@ def missing_data(what: str, *, looked_for: Path | str, get: str) -> DataError:
         f"{what} is not there: {looked_for} is missing. {get} Another place can be named by data.init_args.root, or "
         f"for all data sets by the environment variable {ENVIRONMENT}."
     )
+
+
+def read_npz(path: Path, names: Sequence[str]) -> list[NDArray[Any]]:
+    """Some arrays of an `.npz` file, by name; nothing in it is unpickled.
+
+    Raises:
+        DataError: If the file cannot be read, or lacks one.
+    """
+    try:
+        # numpy leaves a file open that it opened itself and cannot read.
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+            return [file[name] for name in names]
+    except KeyError as error:
+        raise DataError(f"{path} has no array {error}; it must hold {', '.join(names)}.") from error
+    # A damaged file makes zipfile, zlib and numpy fail in any of these ways.
+    except (OSError, ValueError, EOFError, NotImplementedError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
 
 
 def with_bar(items: Sequence[Item], description: str, *, patience: float = 2.0) -> Iterator[Item]:

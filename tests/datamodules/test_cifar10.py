@@ -50,6 +50,26 @@ def test_every_image_belongs_to_one_client_and_test_images_are_the_published_one
     assert set(seen) == published
 
 
+def test_clients_may_be_cut_from_the_published_test_images(batches: Path) -> None:
+    data = module(batches, published="test", test_fraction=0.3)
+    assert {data.client_sizes(i) for i in range(10)} == {(6, 1, 3)}
+    inputs = data.clients[0].train.arrays.inputs.numpy()  # type: ignore[attr-defined]
+    assert {bytes(image) for image in inputs} == {bytes(image) for image in tiny.images(100, 0)[0]}
+    with pytest.raises(DataError, match="published is 'val'; it must be 'train' or 'test'"):
+        module(batches, published="val")
+
+
+def test_small_clients_are_tested_on_what_they_train_on(batches: Path) -> None:
+    data = module(batches, client_size=10, alpha=0.1)
+    for client in data.clients:
+        assert set(labels_of(client.test)) <= set(labels_of(client.train))
+
+
+def test_the_old_name_of_a_size_still_works(batches: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert {sum(module(batches, samples_per_client=10).client_sizes(i)[:2]) for i in range(10)} == {10}
+    assert "samples_per_client is now called client_size" in caplog.text
+
+
 def test_a_client_has_its_labels_in_every_role(batches: Path) -> None:
     data = module(batches, seen_clients=4, unseen_clients=0, pretrain_clients=0)
     for client in data.clients:

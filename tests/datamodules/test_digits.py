@@ -181,6 +181,16 @@ def test_clients_are_spread_over_domains_and_one_alone_is_shifted() -> None:
     assert [client.details["severity"] for client in small.clients] == [0, 0, 1, 1, 1, 1]
 
 
+def test_domains_may_be_kept_aside_for_unseen_clients() -> None:
+    data = DigitsDataModule(unseen_domains=["inversion", "blur"], seen_clients=32)
+    domains = {pool: {data.clients[i].domain for i in data.pool(pool)} for pool in ("seen", "unseen")}
+    assert domains == {"seen": set(DOMAINS) - {"inversion", "blur"}, "unseen": set(DOMAINS)}
+    assert len(data.pool("seen")) == 32 and len(data.pool("unseen")) == 24
+    for wrong in (["fog"], list(DOMAINS)):
+        with pytest.raises(DataError, match=r"unseen_domains is .*; it must be some, and not all, of noise, blur"):
+            DigitsDataModule(unseen_domains=wrong)
+
+
 @pytest.mark.parametrize("pretrain_clients", [1, 53])
 def test_pretrain_clients_always_have_all_sets(pretrain_clients: int) -> None:
     module = DigitsDataModule(pretrain_clients=pretrain_clients)

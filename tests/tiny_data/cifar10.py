@@ -49,7 +49,7 @@ def make(folder: Path) -> dict[str, Any]:
         "data.init_args.root": str(folder),
         "data.init_args.seen_clients": 4,
         "data.init_args.unseen_clients": 2,
-        "data.init_args.samples_per_client": 10,
+        "data.init_args.client_size": 10,
         "federation.client_fraction": 0.5,
         "federation.validation_fraction": 1.0,
         "pretraining.client_fraction": 0.5,

@@ -180,6 +180,19 @@ def test_pretrain_clients_may_be_of_some_domains_alone() -> None:
     assert all(one and not one & other for one, other in combinations(pools, 2))
 
 
+def test_domains_that_are_kept_aside_have_unseen_clients_alone_and_leave_the_others_as_they_are() -> None:
+    options: dict[str, Any] = {"clients_per_domain": 3, "unseen_clients_per_domain": 1, "alpha": 0.5}
+    module, plain = Numbered(unseen_domains=["b"], pretrain_clients_per_domain=1, **options), Numbered(**options)
+    pools = [client.pool for client in module.clients if client.domain == "b"]
+    assert pools == ["unseen"] * 4
+    kept = [key for client in module.clients if client.domain == "b" for role in ROLES for key in held(client, role)]
+    assert len(set(kept)) == len(kept) == 88  # of 90, four equal clients
+    without = Numbered(unseen_domains=["b"], **options)
+    mine = {client.name: [held(client, role) for role in ROLES] for client in without.clients if client.domain != "b"}
+    others = {client.name: [held(client, role) for role in ROLES] for client in plain.clients if client.domain != "b"}
+    assert mine == others
+
+
 def test_nothing_global_is_random() -> None:
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
     Numbered(alpha=0.5, clients_per_domain=3).setup()
@@ -214,6 +227,9 @@ def test_wrong_arguments_are_named_at_once(wrong: dict[str, Any], message: str) 
     [
         ({"domains": ["a", "d"]}, "There is no domain 'd'; the domains are a, b, c"),
         ({"domains": ["a"], "pretrain_domains": ["b"], "pretrain_clients_per_domain": 1}, "There is no domain 'b'"),
+        ({"unseen_domains": ["d"]}, "There is no domain 'd'"),
+        ({"unseen_domains": ["a", "b", "c"]}, "None of the 3 clients is in the pool 'seen'"),
+        ({"unseen_domains": ["a"], "pretrain_domains": ["a"]}, "both have 'a'; a domain is in one of them"),
         ({"clients_per_domain": 100, "domains": ["b"]}, "Domain 'b', pool 'seen': 100 clients are to share 90 samples"),
         ({"clients_per_domain": 2, "client_size": 2}, "Domain 'a', pool 'seen': A client has 2 samples"),
         ({"clients_per_domain": 10, "client_size": 12}, "Domain 'b', pool 'seen': The clients want 120 samples"),

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from fedl2p.datamodules import ClientData, DigitsDataModule, FederatedDataModule, TensorsDataModule
 from fedl2p.datamodules.base import fingerprint
+from fedl2p.errors import DataError
 
 
 class Drawn(FederatedDataModule):
@@ -83,7 +84,7 @@ def test_states_come_back_after_an_error() -> None:
             raise RuntimeError("no data")
 
     state = torch.get_rng_state()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(DataError, match="Fails cannot build its clients: RuntimeError: no data"):
         Fails().setup()
     assert torch.equal(torch.get_rng_state(), state)
 

@@ -74,6 +74,23 @@ def test_the_largest_can_be_first() -> None:
     ]
 
 
+def test_seen_and_unseen_people_are_of_comparable_size_where_anybody_may_be_either() -> None:
+    class Anybody(Letters):
+        def find(self) -> People:
+            names = [f"{number:02d}" for number in range(60)]
+            samples = {name: Samples(list(range(10 + int(name))), np.arange(10 + int(name)) % 3) for name in names}
+            return People(samples, names, names)
+
+    sizes: dict[str, list[int]] = {"pretrain": [], "seen": [], "unseen": []}
+    for seed in range(10):
+        data = Anybody(seen_clients=20, unseen_clients=10, pretrain_clients=5, largest_first=True, seed=seed)
+        for client in data.clients:
+            sizes[client.pool].append(10 + int(client.name[-2:]))
+        assert {10 + int(client.name[-2:]) for client in data.clients} == set(range(35, 70))
+    assert abs(np.mean(sizes["seen"]) - np.mean(sizes["unseen"])) < 3
+    assert max(sizes["pretrain"]) < 40
+
+
 def test_the_seed_draws_people_and_samples() -> None:
     def drawn(seed: int) -> list[str]:
         return [

@@ -1,6 +1,7 @@
 """What samples must be like: one sentence that names the client, for sets in memory and for those that are read."""
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
+import fedl2p
+from fedl2p.cli import main
 from fedl2p.datamodules import ClientData, FederatedDataModule
 from fedl2p.datamodules.base import validation
 from fedl2p.datamodules.base.arrays import ArrayDataset, Arrays
@@ -121,6 +124,23 @@ def test_sets_that_are_no_sets_of_pairs(dataset: Any, message: str) -> None:
         Two(val=dataset).check()
 
 
+@pytest.mark.parametrize("classes", [0, 2.5, "three", None])
+def test_the_number_of_classes_must_be_one(classes: Any) -> None:
+    data = Two()
+    data.num_classes = classes
+    with pytest.raises(DataError, match=f"num_classes of Two is {classes!r}; it must be a whole number from 1"):
+        data.setup()
+
+
+def test_what_is_no_client_is_named() -> None:
+    class Wrong(Two):
+        def build_clients(self) -> Iterable[Any]:
+            return [{"name": "a"}]
+
+    with pytest.raises(DataError, match="build_clients gives a dict; it must give ClientData"):
+        Wrong().setup()
+
+
 def test_inputs_of_several_tensors_must_be_finite_too() -> None:
     def words(value: float) -> list[dict[str, Tensor]]:
         return [{"tokens": torch.arange(4), "weights": torch.full((4,), value)}] * SIZE
@@ -146,3 +166,33 @@ def test_sets_that_are_read_slowly_are_looked_at_for_a_while(monkeypatch: pytest
     monkeypatch.setattr(validation, "MAX_SECONDS", 0.0)
     Two(test=ends).check()
     assert {0, SIZE - 1} <= set(ends.asked) and len(ends.asked) <= 3
+
+
+MINE = """
+import torch
+from torch.utils.data import TensorDataset
+from fedl2p.datamodules import ClientData, FederatedDataModule
+
+class Mine(FederatedDataModule):
+    num_classes = 2
+
+    def build_clients(self):
+        for number in range(3):
+            train, val, test = (TensorDataset(torch.rand(8, 1, 8, 8), torch.arange(8) % 2) for role in range(3))
+            if number == 2:
+                test.tensors[0][5, 0, 0, 0] = float("nan")
+            yield ClientData(name=f"hospital-{number}", pool="seen", train=train, val=val, test=test)
+"""
+
+
+def test_a_run_on_broken_data_is_one_line_and_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine_nan.py").write_text(MINE)
+    monkeypatch.syspath_prepend(tmp_path)
+    config = str(Path(fedl2p.__file__).parents[1] / "configs" / "digits.yaml")
+    options = ["data.class_path=mine_nan.Mine", "data.init_args={}", "model.init_args={num_classes: 2}"]
+    assert main(["run", config, *options, f"output_dir={tmp_path / 'run'}"]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fedl2p: ")]
+    assert "Client 'hospital-2': its test set has the input 5 with values that are NaN" in line
+    assert not (tmp_path / "run").exists()
