@@ -1,4 +1,4 @@
-"""Substitutes answer what the layers that they replace answer, and let second derivatives and vmap pass."""
+"""Replacements answer what the layers that they replace answer, and let second derivatives and vmap pass."""
 
 import copy
 from collections.abc import Callable
@@ -18,14 +18,14 @@ from torchvision.ops import StochasticDepth
 import fedl2p.core.hypergradients  # noqa: F401  (prepares forward mode)
 from fedl2p.core.batchnorm import MixedBatchNorm2d, batchnorm_names, convert_batchnorm
 from fedl2p.core.functional import FunctionalModel
-from fedl2p.core.layer_replacements import substitute
+from fedl2p.core.layer_replacements import replacement_of
 from fedl2p.datamodules.base.federated import FederatedDataModule
 from fedl2p.experiment.build import build_model, check_model
-from fedl2p.experiment.config import ComponentConfig, Config
+from fedl2p.experiment.schema import ComponentConfig, Config
 
 
 def replaced(module: nn.Module) -> nn.Module:
-    found = substitute(module)
+    found = replacement_of(module)
     assert found is not None
     return found
 
@@ -66,7 +66,7 @@ def test_others_stay_as_they_are() -> None:
     class Mine(nn.Hardsigmoid):
         """A subclass may do anything."""
 
-    assert substitute(nn.ReLU()) is None and substitute(Mine()) is None
+    assert replacement_of(nn.ReLU()) is None and replacement_of(Mine()) is None
 
 
 @pytest.mark.parametrize("act_layer", [nn.ReLU, nn.Hardswish, nn.Identity])
