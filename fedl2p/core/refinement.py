@@ -1,7 +1,7 @@
 """Refinement: a client betters a recipe that it was given, by hypergradients on its own validation data.
 
-Only the learning rates move. On a handful of validation samples the hypergradient of eta says much about that of other
-samples of the same client, while the hypergradient of beta is mostly noise, with a few very large values.
+Only the learning rates move. On a handful of validation samples the hypergradients of some of them (of inner layers, in
+trials) agree with those on other samples of the client, while that of beta is mostly noise with a few very large values.
 """
 
 import math
@@ -91,8 +91,8 @@ def refine(
 ) -> Refined:
     """Descends on log eta, from a recipe, with steps that are undone and shortened where the validation loss rises.
 
-    So the validation loss of the refined recipe is never above that of the given one. It says nothing of a recipe that
-    does not fine-tune to a finite loss: from there all rates are lowered by the longest step, until one does.
+    So the validation loss of the refined recipe is never above that of the given one. A recipe that
+    does not fine-tune to a finite loss has all its rates lowered by the longest step, until it does.
 
     Works for one client, and under `torch.vmap` for a cohort. Test data are not looked at.
 
