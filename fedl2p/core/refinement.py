@@ -1,7 +1,7 @@
 """Refinement: a client betters a recipe that it was given, by hypergradients on its own validation data.
 
 Only the learning rates move. On a handful of validation samples the hypergradients of some of them (of inner layers, in
-trials) agree with those on other samples of the client, while that of beta is mostly noise with a few very large values.
+trials) agree with those on other samples of the client; that of beta is mostly noise, with a few very large values.
 """
 
 import math
