@@ -27,7 +27,7 @@ class TrainerData:
         """Nothing is there before a Trainer is."""
         self.group: Any = None
         self._training: Iterable[Any] | None = None  # one loader through a fit, so that each iteration shuffles anew
-        self._remembered: dict[str, Any] = {}  # of the last fit, for a test that brings no training data
+        self._remembered: dict[str, Any] = {}  # loaders of the last fit, or what makes them
 
     def start(self, trainer: L.Trainer, stage: str) -> None:
         """Prepares for a stage, and the training data too where Lightning asks for another stage only.
@@ -55,9 +55,12 @@ class TrainerData:
         self.group = torch.distributed.group.WORLD
 
     def remember(self, trainer: L.Trainer) -> None:
-        """Keeps the loaders that a fit was given, so that a test after it needs no others."""
-        if _datamodule(trainer) is None:
+        """Keeps what a fit was given, so that a test after it needs no training data of its own."""
+        datamodule = _datamodule(trainer)
+        if datamodule is None:
             self._remembered = {"train": trainer.train_dataloader, "val": _val_loader(trainer)}
+        else:
+            self._remembered = {kind: getattr(datamodule, f"{kind}_dataloader") for kind in ("train", "val")}
 
     def train(self, trainer: L.Trainer, epochs: int, *, fresh: bool) -> list[Batch]:
         """Passes over the training loader.
@@ -113,6 +116,7 @@ class TrainerData:
                 f"The client needs its {kind} data, but the Trainer has no loader for them; pass a DataModule "
                 "(datamodule=...) with train_dataloader and val_dataloader."
             )
+        given = given() if callable(given) and not isinstance(given, Iterable) else given
         return list(chain.from_iterable(given)) if isinstance(given, list | tuple) else given
 
 

@@ -179,14 +179,22 @@ class FuncTransforms(Differentiation):
         one `jvp` of `grad`, and no graph of activations.
         """
         running, fixed = split_running(state.buffers)
-        floating = {name: b for name, b in fixed.items() if b.is_floating_point()}
+        inputs, targets = batch
+        leaves, structure = pytree.tree_flatten(targets)
+        # What a zero tangent is cheaper for than none, which forward mode treats slowly, or not at all in a loss.
+        constants = (
+            {name: b for name, b in fixed.items() if b.is_floating_point()},
+            {index: leaf for index, leaf in enumerate(leaves) if leaf.is_floating_point()},
+        )
 
         def gradients(
-            parameters: Tensors, running: Tensors, beta: Tensor, share: Tensor, weights: Tensors, floating: Tensors
+            parameters: Tensors, running: Tensors, beta: Tensor, share: Tensor, weights: Tensors, constants: Any
         ) -> tuple[Tensors, Tensors, Tensor]:
             def objective(parameters: Tensors, running: Tensors, beta: Tensor) -> Tensor:
-                buffers = {**fixed, **floating, **running}
-                loss, after = model.loss(parameters, buffers, beta, batch, training=True)
+                buffers = {**fixed, **constants[0], **running}
+                known = [constants[1].get(index, leaf) for index, leaf in enumerate(leaves)]
+                whole = inputs, pytree.tree_unflatten(known, structure)
+                loss, after = model.loss(parameters, buffers, beta, whole, training=True)
                 if weights:
                     loss = loss + share * torch.cat([weight * after[name] for name, weight in weights.items()]).sum()
                 return loss
@@ -194,8 +202,7 @@ class FuncTransforms(Differentiation):
             return grad(objective, argnums=(0, 1, 2))(parameters, running, beta)
 
         share = torch.zeros_like(beta.sum())
-        point = (state.parameters, running, beta, share, running_adjoint, floating)
-        # A zero tangent is cheaper than none: forward mode treats mixed operands slowly.
+        point = (state.parameters, running, beta, share, running_adjoint, constants)
         still = pytree.tree_map(torch.zeros_like, point)
         tangents = (direction, *still[1:3], torch.ones_like(share), *still[4:])
         (gradient, _, _), back = jvp(gradients, point, tangents)[:2]

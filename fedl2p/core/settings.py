@@ -29,6 +29,10 @@ class BatchNormMode(StrEnum):
     """Those of the whole set as one batch, as FT (BN I) tests."""
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def word(kind: type[Word], value: str, key: str) -> Word:
     """A word of a closed list.
 
@@ -64,8 +68,8 @@ class MetaLearningRates:
     def __post_init__(self) -> None:
         """Refuses rates that are negative or not finite."""
         for name, rate in vars(self).items():
-            if not 0 <= rate < math.inf:
-                raise ConfigError(f"meta_lr.{name} is {rate}; allowed is 0 or more.")
+            if not _is_number(rate) or rate < 0:
+                raise ConfigError(f"meta_lr.{name} is {rate!r}; allowed is 0 or more.")
 
     def scaled(self, factor: float) -> "MetaLearningRates":
         """All three, multiplied."""
@@ -102,7 +106,7 @@ class LearnerSettings:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ConfigError(f"{name} is {value!r}; allowed is a whole number, {least} or more.")
-        if not 0 < self.clip_value < math.inf:
+        if not _is_number(self.clip_value) or self.clip_value <= 0:
             raise ConfigError(f"clip_value is {self.clip_value!r}; allowed is above 0.")
         object.__setattr__(self, "meta_lr", _meta_lr(self.meta_lr))
         object.__setattr__(self, "running_start", word(RunningStart, self.running_start, "running_start"))
@@ -133,6 +137,6 @@ def _meta_lr(rates: MetaLearningRates | Mapping[str, float]) -> MetaLearningRate
     if isinstance(rates, MetaLearningRates):
         return rates
     names = [rate.name for rate in fields(MetaLearningRates)]
-    if set(rates) != set(names):
-        raise ConfigError(f"meta_lr is {dict(rates)}; it needs a rate of at least 0 for each of {', '.join(names)}.")
+    if not isinstance(rates, Mapping) or set(rates) != set(names):
+        raise ConfigError(f"meta_lr is {rates}; it needs a rate of at least 0 for each of {', '.join(names)}.")
     return MetaLearningRates(**rates)

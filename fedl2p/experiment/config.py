@@ -5,6 +5,7 @@ Nothing heavy is imported here: a typo is reported before torch is loaded.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,9 @@ def load_config(arguments: Sequence[Source]) -> Config:
         raise ConfigError("No configuration file is given; name one, for example digits (`fedl2p configs` lists them).")
     merged = _schema()
     for argument in arguments:
-        part = _part(argument)
-        _drop_old_arguments(merged, part)
         try:
+            part = _part(argument)
+            _drop_old_arguments(merged, part)
             merged = OmegaConf.merge(merged, part)
         except OmegaConfBaseException as error:
             raise ConfigError(_explain(error, str(argument))) from None
@@ -61,7 +62,7 @@ def _is_override(argument: Source) -> bool:
 
 def _part(argument: Source) -> DictConfig:
     if isinstance(argument, Config):
-        return OmegaConf.structured(argument)
+        argument = asdict(argument)
     if isinstance(argument, Mapping):
         return OmegaConf.create(dict(argument))
     return _override(str(argument)) if _is_override(argument) else _file(str(argument))

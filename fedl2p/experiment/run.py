@@ -46,7 +46,7 @@ def run(*sources: Source, resume: bool = False, quiet: bool = False) -> dict[str
     Args:
         sources: paths of YAML files, `key=value` pairs, dictionaries and configurations; later ones win.
         resume: go on with the run in `output_dir`.
-        quiet: print and draw nothing.
+        quiet: show neither progress nor the table.
 
     Returns:
         What `results.json` holds.

@@ -87,7 +87,12 @@ def test_every_iteration_is_logged_by_name(tmp_path: Path) -> None:
     fit(module, tmp_path, [first, second])
     logged = [(step, metrics) for step, metrics in first.logged if "beta/1" in metrics]
     assert [step for step, _ in logged] == [1, 2, 3]
-    assert set(logged[0][1]) == {"beta/1", *(f"eta/{name}" for name in module.meta_nets.parameter_names)}
+    recipe = {"beta/1", *(f"eta/{name}" for name in module.meta_nets.parameter_names)}
+    assert set(logged[0][1]) == {"meta_val_loss", *recipe}
+    assert [metrics["meta_val_loss"] for _, metrics in logged] == module.val_losses
+    # Lightning's own line of the same iteration is at the same step.
+    own = {step: metrics["meta_val_loss"] for step, metrics in first.logged if "skipped_steps" in metrics}
+    assert own == pytest.approx({step: metrics["meta_val_loss"] for step, metrics in logged})
     assert module.hyperparameters is not None
     last = logged[-1][1]
     assert last["beta/1"] == pytest.approx(module.hyperparameters.beta.item())
@@ -96,6 +101,17 @@ def test_every_iteration_is_logged_by_name(tmp_path: Path) -> None:
     )
     assert logged[0][1] != last
     assert [metrics for _, metrics in second.logged if "beta/1" in metrics] == [metrics for _, metrics in logged]
+
+
+def test_the_recipe_that_was_tested_is_logged(tmp_path: Path) -> None:
+    module, recorder = client(), Recorder()
+    fit(module, tmp_path, False)
+    trainer(tmp_path, recorder).test(module, loader(), verbose=False)
+    assert module.hyperparameters is not None
+    (tested,) = [(step, metrics) for step, metrics in recorder.logged if "test/beta/1" in metrics]
+    assert tested[0] == 3
+    assert tested[1]["test/beta/1"] == pytest.approx(module.hyperparameters.beta.item())
+    assert len(tested[1]) == 1 + len(module.meta_nets.parameter_names)
 
 
 def test_lightnings_own_logger_takes_it(tmp_path: Path) -> None:

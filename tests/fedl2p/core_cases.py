@@ -162,6 +162,35 @@ def conv_case(*, momentum: float | None = 0.1, steps: int = 3, seed: int = 0) ->
     )
 
 
+class PictureAndAge(nn.Module):
+    """Takes two tensors of other shapes by name or by position: 1x4x4 pictures and an age each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = ConvNet()
+        self.bn3 = nn.BatchNorm1d(2)
+        self.fc = nn.Linear(2, 3)
+
+    def forward(self, picture: Tensor, age: Tensor) -> Tensor:
+        return self.net(picture) + self.fc(torch.tanh(self.bn3(torch.cat([age, age**2], 1))))
+
+
+def aged(batches: list[Batch], *, by_name: bool) -> list[Batch]:
+    """Batches of pictures with an age each, as a dict (not in the model's own order) or as a tuple."""
+    generator = torch.Generator().manual_seed(len(batches))
+    result: list[Batch] = []
+    for pictures, targets in batches:
+        ages = 1 + torch.randn(len(pictures), 1, generator=generator, dtype=torch.float64)
+        result.append(({"age": ages, "picture": pictures} if by_name else (pictures, ages), targets))
+    return result
+
+
+def named_inputs_case(*, by_name: bool = True) -> Case:
+    """A problem whose inputs are a dict of two tensors, or a tuple of the same two."""
+    train, val = image_batches(5, 4, 6, seed=1), image_batches(6, 3, seed=2, shift=0.9)
+    return make_case(seeded(PictureAndAge), aged(train, by_name=by_name), aged(val, by_name=by_name))
+
+
 def central_differences(function: Callable[[Tensor], Tensor], point: Tensor, step: float = 1e-5) -> Tensor:
     """d function / d point by central finite differences, entry by entry."""
     result = torch.zeros_like(point)

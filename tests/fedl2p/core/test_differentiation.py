@@ -6,7 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from core_cases import Case, ConvNet, central_differences, close, conv_case, image_batches, make_case, seeded, unchanged
+from core_cases import (
+    Case,
+    ConvNet,
+    central_differences,
+    close,
+    conv_case,
+    image_batches,
+    make_case,
+    named_inputs_case,
+    seeded,
+    unchanged,
+)
 from torch import Tensor, nn
 
 from fedl2p.core.differentiation import FUNC_TRANSFORMS, Autograd, CompiledSteps, Differentiation
@@ -58,6 +69,7 @@ CASES: dict[str, Callable[[], Case]] = {
         image_batches(4, 5),
         image_batches(6),
     ),
+    "inputs of several tensors": named_inputs_case,
     "no steps": lambda: conv_case(steps=0),
 }
 ESTIMATORS: dict[str, HypergradientEstimator] = {

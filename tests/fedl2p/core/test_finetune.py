@@ -5,14 +5,24 @@ from dataclasses import replace
 
 import pytest
 import torch
-from core_cases import ConvNet, close, conv_case, image_batches, make_case, seeded, unchanged
+from core_cases import (
+    ConvNet,
+    PictureAndAge,
+    close,
+    conv_case,
+    image_batches,
+    make_case,
+    named_inputs_case,
+    seeded,
+    unchanged,
+)
 from torch import Tensor, nn
 
 from fedl2p.core.batchnorm import ForwardMode
 from fedl2p.core.differentiation import FUNC_TRANSFORMS, Autograd, Differentiation
-from fedl2p.core.finetune import active_parameters, evaluation_loss, finetune, initial_running
+from fedl2p.core.finetune import active_parameters, evaluate, evaluation_loss, finetune, initial_running, to_device
 from fedl2p.core.functional import FunctionalModel, InnerState
-from fedl2p.core.settings import RunningStart
+from fedl2p.core.settings import BatchNormMode, RunningStart
 from fedl2p.core.statistics import collect_statistics
 from fedl2p.errors import ConfigError, ModelError
 
@@ -300,3 +310,65 @@ def test_inputs_that_the_model_itself_casts_may_have_any_type(dtype: torch.dtype
     floats = make_case(seeded(ConvNet), [(x.double(), y) for x, y in pictures], case.val)
     for name, value in floats.tune().final.parameters.items():
         assert torch.equal(value, case.tune().final.parameters[name])
+
+
+# Inputs and outputs of several tensors
+
+
+@pytest.mark.parametrize("differentiation", WAYS)
+@pytest.mark.parametrize("by_name", [True, False])
+def test_a_dict_or_a_tuple_of_inputs_equals_torch_sgd(by_name: bool, differentiation: Differentiation) -> None:
+    case = named_inputs_case(by_name=by_name)
+    model = ordinary(seeded(PictureAndAge), case.start)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
+    for inputs, targets in case.train:
+        optimizer.zero_grad()
+        outputs = model(**inputs) if by_name else model(*inputs)
+        nn.functional.cross_entropy(outputs, targets).backward()
+        optimizer.step()
+    eta = torch.full_like(case.eta, 0.2)
+    sgd = case._replace(beta=torch.ones(3).double(), eta=eta, differentiation=differentiation)
+    with unchanged(case.start, case.train):
+        assert_equals_module(sgd.tune().final, model)
+
+
+@pytest.mark.parametrize("bn_mode", BatchNormMode)
+@pytest.mark.parametrize("by_name", [True, False])
+def test_a_dict_or_a_tuple_of_inputs_is_evaluated_over_all_samples(by_name: bool, bn_mode: BatchNormMode) -> None:
+    case = named_inputs_case(by_name=by_name)
+    keys = ["picture", "age"] if by_name else [0, 1]
+    whole = [torch.cat([inputs[key] for inputs, _ in case.val]) for key in keys]
+    targets = torch.cat([y for _, y in case.val])
+    own = bn_mode is BatchNormMode.batch
+    expected, _ = case.model(*case.start, case.beta, tuple(whole), training=False, batch_statistics=own)
+    outputs, loss, val_loss = evaluate(case.model, case.start, case.beta, case.val, bn_mode=bn_mode)
+    close(outputs, expected, 1e-12)
+    close(loss, nn.functional.cross_entropy(expected, targets), 1e-12)
+    close(val_loss, loss, 1e-12)
+    close(evaluation_loss(case.model, case.start, case.beta, case.val, bn_mode=bn_mode), loss, 1e-12)
+
+
+def test_outputs_and_targets_may_be_structures_too() -> None:
+    class Heads(ConvNet):
+        def forward(self, inputs: Tensor) -> dict[str, Tensor]:
+            logits = super().forward(inputs)
+            return {"kind": logits[:, :2], "size": logits[:, 2]}
+
+    def loss_fn(outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> Tensor:
+        size = nn.functional.mse_loss(outputs["size"], targets["size"])
+        return nn.functional.cross_entropy(outputs["kind"], targets["kind"]) + size
+
+    batches = [(x, {"kind": y, "size": x.mean((1, 2, 3))}) for x, y in image_batches(5, 2, 4, classes=2)]
+    case = make_case(seeded(Heads), batches, batches, loss_fn=loss_fn)
+    for bn_mode in BatchNormMode:
+        outputs, loss, _ = evaluate(case.model, case.start, case.beta, case.val, bn_mode=bn_mode)
+        assert {name: len(part) for name, part in outputs.items()} == {"kind": 11, "size": 11}
+        close(evaluation_loss(case.model, case.start, case.beta, case.val, bn_mode=bn_mode), loss, 1e-12)
+    assert case.tune().losses.shape == (3,)
+
+
+def test_batches_of_any_structure_move_between_devices() -> None:
+    case = named_inputs_case()
+    moved = to_device(case.train, "meta")
+    assert {tensor.device.type for inputs, targets in moved for tensor in (*inputs.values(), targets)} == {"meta"}
+    assert {tensor.device.type for inputs, _ in case.train for tensor in inputs.values()} == {"cpu"}

@@ -2,7 +2,18 @@
 
 import pytest
 import torch
-from core_cases import Case, ConvNet, central_differences, close, conv_case, image_batches, make_case, seeded, unchanged
+from core_cases import (
+    Case,
+    ConvNet,
+    central_differences,
+    close,
+    conv_case,
+    image_batches,
+    make_case,
+    named_inputs_case,
+    seeded,
+    unchanged,
+)
 from torch import Tensor, nn
 
 from fedl2p.core.finetune import evaluation_loss, finetune, initial_running
@@ -104,6 +115,11 @@ def test_equals_finite_differences_with_the_users_own_loss() -> None:
         return ((outputs - nn.functional.one_hot(targets, 3)) ** 2).sum(1).mean()
 
     assert_exact(make_case(seeded(ConvNet), image_batches(5, 4), image_batches(4, 2, seed=9), loss_fn=loss_fn))
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_equals_finite_differences_with_a_dict_or_a_tuple_of_inputs(by_name: bool) -> None:
+    assert_exact(named_inputs_case(by_name=by_name))
 
 
 def test_a_batch_of_one_image_is_enough_for_convolutions() -> None:
