@@ -20,6 +20,7 @@ from fedl2p.core.functional import Batch, FunctionalModel, InnerState, Inputs, T
 from fedl2p.core.hypergradients import HypergradientEstimator, Unrolled
 from fedl2p.core.meta_nets import Hyperparameters, MetaNets
 from fedl2p.core.meta_step import MetaStep, active_in_episode, meta_optimizer, meta_step, personalize
+from fedl2p.core.refinement import Refined, RefinementSettings, refine
 from fedl2p.core.settings import BatchNormMode, LearnerSettings
 from fedl2p.errors import DataError
 
@@ -178,6 +179,57 @@ class Learner:
         return personalize(
             self.model, self.origin, episode, hyperparameters, active=active, differentiation=self.single
         ).final
+
+    def refine(
+        self,
+        episodes: Sequence[Episode],
+        recipes: Sequence[Hyperparameters],
+        settings: RefinementSettings,
+        *,
+        max_cohort: int | None = None,
+    ) -> list[Refined]:
+        """Betters each client's recipe on its own validation data, see `fedl2p.core.refinement`.
+
+        Args:
+            episodes: one a client.
+            recipes: where each client starts.
+            settings: how many steps, and how long.
+            max_cohort: how many clients are stacked at most; None stacks all of equal shapes.
+
+        Returns:
+            One refined recipe a client, in order.
+
+        Raises:
+            DataError: a client has no validation data.
+        """
+        if any(not episode.val_batches for episode in episodes):
+            raise DataError("A client has no val data to refine its recipe on.")
+        results: dict[int, Refined] = {}
+        for positions in groups(episodes, max_cohort):
+            recipe = stack([recipes[i] for i in positions])
+            active = active_parameters(self.model, recipe.eta)
+
+            def run(
+                differentiation: Differentiation,
+                episode: Episode,
+                recipe: Hyperparameters,
+                active: tuple[str, ...] = active,
+            ) -> Refined:
+                return refine(
+                    self.model,
+                    self.estimator,
+                    self.origin,
+                    episode,
+                    recipe,
+                    settings,
+                    bn_mode=self.settings.evaluation_statistics,
+                    active=active,
+                    differentiation=differentiation,
+                )
+
+            done = self._over_clients(run, len(positions), stack([episodes[i] for i in positions]), recipe)
+            results |= {position: take(done, row) for row, position in enumerate(positions)}
+        return [results[i] for i in range(len(episodes))]
 
     def evaluate(
         self,
