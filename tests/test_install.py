@@ -66,16 +66,34 @@ def backend(call: str, source: Path, target: Path) -> Path:
     return made
 
 
+def copy_of_the_checkout(target: Path) -> Path:
+    """What is built, its links kept as links; building leaves files behind."""
+    target.mkdir(exist_ok=True)
+    for part in PARTS:
+        if (ROOT / part).is_dir():
+            shutil.copytree(ROOT / part, target / part, symlinks=True)
+        else:
+            shutil.copy(ROOT / part, target / part)
+    return target
+
+
+def installed(wheel: Path, folder: Path) -> Path:
+    """The interpreter of a new environment that has the wheel, and the big packages of the tests' environment."""
+    venv.create(folder, with_pip=False, symlinks=True)
+    python = folder / "bin" / "python"
+    site_packages = run(python, "-c", "import site; print(site.getsitepackages()[0])", cwd=folder).stdout.strip()
+    # Only the folder goes on the path: what .pth files there install, as an editable fedl2p, does not come along.
+    (Path(site_packages) / "big_packages.pth").write_text(str(Path(torch.__file__).parents[1]))
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel, cwd=folder)
+    return python
+
+
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A source distribution of the checkout, built from a copy of it, its links kept."""
-    source = tmp_path_factory.mktemp("checkout")
-    for part in PARTS:
-        if (ROOT / part).is_dir():
-            shutil.copytree(ROOT / part, source / part, symlinks=True)
-        else:
-            shutil.copy(ROOT / part, source / part)
-    return backend("build_sdist", source, tmp_path_factory.mktemp("sdist"))
+    return backend(
+        "build_sdist", copy_of_the_checkout(tmp_path_factory.mktemp("checkout")), tmp_path_factory.mktemp("sdist")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +112,9 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, with_pip=False, symlinks=True)
     interpreter = folder / "bin" / "python"
-    site_packages = Path(run(interpreter, "-c", "import site; print(site.getsitepackages()[0])", cwd=folder).stdout[:-1])
+    site_packages = Path(
+        run(interpreter, "-c", "import site; print(site.getsitepackages()[0])", cwd=folder).stdout[:-1]
+    )
     # Only the folder goes on the path: what .pth files there install, as an editable fedl2p, does not come along.
     (site_packages / "big_packages.pth").write_text(str(Path(torch.__file__).parents[1]))
     run(sys.executable, "-m", "pip", "--python", interpreter, "install", "--no-deps", "--no-index", wheel, cwd=folder)
@@ -109,7 +129,11 @@ def test_the_source_distribution_holds_configurations_types_and_packages(sdist: 
 
 def test_the_wheel_holds_them_too_and_one_top_level_package(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert names >= CONFIGS | {"fedl2p/py.typed", "fedl2p/datamodules/base/federated.py", "fedl2p/callbacks/progress.py"}
+    assert names >= CONFIGS | {
+        "fedl2p/py.typed",
+        "fedl2p/datamodules/base/federated.py",
+        "fedl2p/callbacks/progress.py",
+    }
     assert {name.partition("/")[0] for name in names if ".dist-info" not in name} == {"fedl2p"}
 
 
@@ -156,19 +180,8 @@ def test_type_checkers_take_the_installed_package_s_types(python: Path, tmp_path
 
 
 def test_an_editable_installation_finds_all_three_folders(tmp_path: Path) -> None:
-    source = tmp_path / "clone"
-    source.mkdir()
-    for part in PARTS:
-        if (ROOT / part).is_dir():
-            shutil.copytree(ROOT / part, source / part, symlinks=True)
-        else:
-            shutil.copy(ROOT / part, source / part)
-    venv.create(tmp_path / "environment", with_pip=False, symlinks=True)
-    python = tmp_path / "environment" / "bin" / "python"
-    site_packages = Path(run(python, "-c", "import site; print(site.getsitepackages()[0])", cwd=tmp_path).stdout[:-1])
-    wheel = backend("build_editable", source, tmp_path / "wheel")
-    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel, cwd=tmp_path)
-    (site_packages / "big_packages.pth").write_text(str(Path(torch.__file__).parents[1]))
+    source = copy_of_the_checkout(tmp_path / "clone")
+    python = installed(backend("build_editable", source, tmp_path / "wheel"), tmp_path / "environment")
     code = "import fedl2p.datamodules.io.files as files; print(files.__file__)"
     assert Path(run(python, "-c", code, cwd=tmp_path).stdout.strip()).is_relative_to(source)
     assert "digits" in run(python, "-m", "fedl2p.cli", "configs", cwd=tmp_path).stdout.splitlines()
