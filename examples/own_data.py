@@ -29,7 +29,7 @@ class CameraData(FederatedDataModule):
     num_classes = 4
 
     def build_clients(self):
-        """Eight ordinary cameras for the global model, then those that personalize it, and those that were never seen."""
+        """Ordinary cameras for the global model, then those that personalize it, then those that were never seen."""
         generator = torch.Generator().manual_seed(self.seed)
         rows = torch.tensor([1.0, 0.0]).repeat(4)[:, None].expand(8, 8)
         textures = torch.stack([rows, rows.T, rows * rows.T, 1 - rows * rows.T])
@@ -37,21 +37,17 @@ class CameraData(FederatedDataModule):
             for i in range(count):
                 y = torch.randint(4, (112,), generator=generator)
                 x = textures[y] + 0.6 * torch.randn(112, 8, 8, generator=generator)
-                train = torch.arange(32)
+                chosen = torch.arange(32)
                 if pool != "pretrain" and i % 2 == 0:
                     x = 1 - x
                 elif pool != "pretrain":
                     gain, offset = torch.rand(2, generator=generator)
                     x = (0.2 + gain) * x + 2 * offset
-                    train = train[y[:32] % 2 == i // 2 % 2][:8]
+                    chosen = chosen[y[:32] % 2 == i // 2 % 2][:8]
                 samples = TensorDataset(x[:, None], y)
-                parts = [
-                    torch.utils.data.Subset(samples, list(part)) for part in (train, range(32, 48), range(48, 112))
-                ]
+                train, val, test = (Subset(samples, list(p)) for p in (chosen, range(32, 48), range(48, 112)))
                 kind = "negative" if i % 2 == 0 else "exposure"
-                yield ClientData(
-                    name=f"{pool}-{i}", domain=kind, pool=pool, train=parts[0], val=parts[1], test=parts[2]
-                )
+                yield ClientData(name=f"{pool}-{i}", pool=pool, domain=kind, train=train, val=val, test=test)
 
 
 if __name__ == "__main__":
