@@ -58,7 +58,13 @@ def tiny(path: Path, folder: Path) -> list[str]:
     return [f"{key}={value}" for key, value in overrides.items()]
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+SMALL = {"digits", "digits_two_domains", "femnist", "image_folder", "tensors"}  # the others have a large network
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, id=path.name, marks=[] if path.stem in SMALL else pytest.mark.slow) for path in CONFIGS],
+)
 def test_a_configuration_runs_to_the_end_when_made_tiny(path: Path, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     options = [*tiny(path, tmp_path / "data"), *SHORT]

@@ -19,6 +19,7 @@ ROOMS: dict[str, int] = {
     "_aliases": 0,
     "datamodules": 1,
     "core": 1,
+    "trainer_data": 2,
     "client": 2,
     "policy": 2,
     "models": 3,

@@ -147,6 +147,7 @@ def test_one_can_train_on_it(batches: Path, tmp_path: Path) -> None:
     assert "fedl2p" in run_one_round("fedl2p.datamodules.CIFAR10DataModule", options, tmp_path / "run", in_channels=3)
 
 
+@pytest.mark.slow
 def test_one_can_train_on_the_real_images(shared_data: Callable[[str], Path], tmp_path: Path) -> None:
     options = {"root": str(shared_data("cifar10")), "seen_clients": 6, "unseen_clients": 2, "samples_per_client": 50}
     methods = run_one_round("fedl2p.datamodules.CIFAR10DataModule", options, tmp_path / "run", in_channels=3)

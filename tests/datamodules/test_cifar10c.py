@@ -149,6 +149,7 @@ def test_one_can_train_on_computed_corruptions(tmp_path: Path) -> None:
     assert run_one_round("fedl2p.datamodules.CIFAR10CDataModule", options, tmp_path / "run", in_channels=3)
 
 
+@pytest.mark.slow
 def test_one_can_train_on_the_real_images(shared_data: Callable[[str], Path], tmp_path: Path) -> None:
     options = {
         "root": str(tmp_path / "none"),

@@ -185,6 +185,7 @@ def test_one_can_train_on_it(archive: Path, tmp_path: Path) -> None:
     assert len(methods["fedl2p"]["seen"]["clients"]) == 3
 
 
+@pytest.mark.slow
 def test_one_can_train_on_the_real_test_archive(shared_data: Callable[[str], Path], tmp_path: Path) -> None:
     options = {
         "root": str(shared_data("speech_commands_v2")),

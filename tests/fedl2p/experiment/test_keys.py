@@ -56,7 +56,7 @@ def test_a_prefix_chooses() -> None:
 
 
 def test_an_unknown_prefix_is_answered_with_the_sections_there_are() -> None:
-    with pytest.raises(ConfigError, match="No key begins with 'nothing'; .* federation, baselines"):
+    with pytest.raises(ConfigError, match=r"No key begins with 'nothing'; .* federation, baselines"):
         configuration_keys("nothing")
 
 

@@ -46,7 +46,7 @@ def test_a_folder_of_that_name_is_no_file(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_an_unknown_name_is_answered_with_the_names_there_are() -> None:
-    with pytest.raises(ConfigError, match="'digit' is no file .* those are cifar10, cifar10c, digits"):
+    with pytest.raises(ConfigError, match=r"'digit' is no file .* those are cifar10, cifar10c, digits"):
         configuration_path("digit")
 
 

@@ -190,7 +190,9 @@ CLASSES: dict[str, tuple[str, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "resnet20" else pytest.mark.slow) for name in CLASSES]
+)
 def test_each_network_learns_for_a_round(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = MAKERS[name][1] if name in MAKERS else (3, 64, 64)
     path, arguments = CLASSES[name]
