@@ -11,7 +11,7 @@ from fedl2p.errors import DataError, RunFolderError
 from fedl2p.experiment.build import build_data
 from fedl2p.experiment.config import Config
 from fedl2p.io import write_atomically
-from fedl2p.report.figures import png
+from fedl2p.report.drawing import png
 from fedl2p.report.split import (
     ROLES,
     ClientSplit,

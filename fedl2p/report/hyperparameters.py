@@ -5,11 +5,13 @@ import io
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from fedl2p.core.meta_nets import Hyperparameters
 from fedl2p.errors import ModelError, RunFolderError
 from fedl2p.io import write_atomically
+
+if TYPE_CHECKING:  # reading a table needs no torch
+    from fedl2p.core.meta_nets import Hyperparameters
 
 COLUMNS = ("client", "domain", "pool", "kind", "layer", "value")
 
@@ -38,7 +40,7 @@ class Named(Protocol):
 
 
 def hyperparameter_rows(
-    clients: Sequence[Described], recipes: Sequence[Hyperparameters], meta_nets: Named
+    clients: Sequence[Described], recipes: "Sequence[Hyperparameters]", meta_nets: Named
 ) -> list[dict[str, Any]]:
     """The recipes in long form, clients in the given order, layers in the model's.
 
