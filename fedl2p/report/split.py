@@ -52,6 +52,12 @@ class ClientSplit:
         return tuple(int(count) for count in self.counts.sum(axis=1))
 
 
+def labels_known(clients: Iterable[ClientSplit]) -> bool:
+    """Whether the labels of all of them were counted: in as many classes, and in more than one."""
+    widths = {client.counts.shape[1] for client in clients}
+    return len(widths) == 1 and widths != {1}
+
+
 def label_skew(clients: Sequence[ClientSplit]) -> float:
     """The mean total-variation distance between a client's labels and those of all: 0 alike, towards 1 disjoint."""
     shares = np.stack([client.labels / client.labels.sum() for client in clients])

@@ -119,7 +119,7 @@ def _boxes(
         axes.hlines(places, ends[:, left], ends[:, right], color=colour, linewidth=1)
     medians = [spread.quartiles[2] for spread in spreads]
     reach = 0.375 * height
-    axes.vlines(medians, np.array(places) - reach, np.array(places) + reach, color=INK, linewidth=1.5, zorder=4)
+    axes.vlines(medians, np.array(places) - reach, np.array(places) + reach, color=INK, linewidth=1.5, zorder=2.5)
     drawing.scatter(axes, x, y, marks, colour=colour, size=3)
 
 
@@ -140,9 +140,9 @@ def value_axis(axes: Axes, kind: Kind, values: np.ndarray[Any, Any], limits: tup
 
 
 def _caption(rows: list[Mapping[str, Any]], kind: Kind, sizes: Mapping[str, int] | None, dots: bool) -> str:
-    clients = len({row["client"] for row in rows if "client" in row})
+    count = len({row["client"] for row in rows if "client" in row})
     dotted = "the clients" if dots else "clients far from the others"
-    parts = [f"{clients} clients; box: the middle half; line: the median; dots: {dotted}."]
+    parts = [f"{count} client{'' if count == 1 else 's'}; box: the middle half; line: the median; dots: {dotted}."]
     if kind == "eta":
         parts.append(f"Sparsity of the model: {model_sparsity(rows, sizes):.2f}.")
     return " ".join(parts)

@@ -20,7 +20,7 @@ from fedl2p.report.drawing import (
     new_canvas,
     use_page_colours,
 )
-from fedl2p.report.split import ROLES, ClientSplit, in_groups, label_skew
+from fedl2p.report.split import ROLES, ClientSplit, in_groups, label_skew, labels_known
 
 MOST_CLASSES = 20  # that have room for a name
 MOST_DOMAINS = 12  # likewise
@@ -34,7 +34,7 @@ def split_panel(clients: Sequence[ClientSplit], classes: Sequence[str]) -> Drawi
         classes: names, one a label; no labels are drawn for clients whose labels were not counted.
     """
     clients = in_groups(clients)
-    labelled = all(client.counts.shape[1] == len(classes) for client in clients)
+    labelled = labels_known(clients)
     figure = new_canvas(2.4 + (min(3.0, 0.8 + 0.14 * len(classes)) if labelled else 0), width=PANEL)
     ratios = [1.6, *([max(1.3, 0.1 * len(classes))] if labelled else []), 0.18]
     sizes, *middle, strip = figure.subplots(len(ratios), 1, sharex=True, gridspec_kw={"height_ratios": ratios})
@@ -97,6 +97,6 @@ def _in_words(clients: Sequence[ClientSplit], pools: Sequence[str]) -> str:
         own = [client for client in clients if client.pool == pool]
         train = [client.sizes[0] for client in own]
         domains = ", ".join(dict.fromkeys(client.domain for client in own))
-        skew = f"label skew {label_skew(own):.2f}, " if own[0].counts.shape[1] > 1 else ""
+        skew = f"label skew {label_skew(own):.2f}, " if labels_known(own) else ""
         said.append(f"{pool}: {len(own)} clients of {min(train)} to {max(train)} training samples, {skew}{domains}")
     return "; ".join(said) + "."

@@ -119,6 +119,7 @@ def _limit(axes: Axes, rounds: Array, losses: Array, *, top: float) -> str:
 def _finish(axes: Axes) -> None:
     axes.set_xlabel("Round")
     axes.set_ylabel("Loss after fine-tuning")
+    axes.ticklabel_format(axis="y", useOffset=False)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, steps=[1, 2, 5, 10]))
     axes.grid(axis="y", color=LINE, linewidth=0.7)
     axes.set_axisbelow(True)

@@ -1,8 +1,8 @@
 """`report.html`: one file that shows one run or several, from disk, without a network.
 
 It runs one script, its own, which sorts tables, names the clients under the pointer, and shows those that are picked;
-without it everything but the picked clients can be read all the same. Figures are matplotlib's, as SVG with the script's
-handles in them: plotly's script alone would be 4 MB, and its figures could not be the files beside the page.
+without it everything but the picked clients can be read all the same. Figures are matplotlib's, as SVG with handles for
+the script: plotly's script alone would be 4 MB, and its figures could not be the files beside the page.
 """
 
 import base64

@@ -88,9 +88,10 @@ def gallery(figures: Iterable[str]) -> str:
     return f'<div class="gallery">\n{content}</div>\n' if content else ""
 
 
-def heads(*titles: str) -> str:
-    """The header cells of a table; those that begin with `<` are left as they are."""
-    return "".join(title if title.startswith("<") else f'<th scope="col">{escape(title)}</th>' for title in titles)
+def heads(*titles: str, text: bool = False) -> str:
+    """The header cells of a table; with `text` all but the first are over words instead of numbers."""
+    kind = ' class="text"' if text else ""
+    return "".join(f'<th scope="col"{kind if i else ""}>{escape(title)}</th>' for i, title in enumerate(titles))
 
 
 def row(first: str, *rest: str, text: bool = False) -> str:
@@ -135,8 +136,10 @@ def plain(value: Any) -> str:
 
 
 def fixed(value: float, digits: int = 3) -> str:
-    """A number with fixed digits, a dash where it is not finite."""
-    return f"{value:.{digits}f}" if math.isfinite(value) else NOTHING
+    """A number with fixed digits, without them where it is very large, a dash where it is not finite."""
+    if not math.isfinite(value):
+        return NOTHING
+    return f"{value:.{digits}f}" if abs(value) < 1e4 else f"{value:.3g}"
 
 
 def percent(value: float) -> str:

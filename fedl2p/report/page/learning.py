@@ -14,7 +14,7 @@ from fedl2p.report.figures.split import split_panel
 from fedl2p.report.figures.training import learning_curve
 from fedl2p.report.page.html import Chapter, folded, gallery, heads, note, percent, row, table
 from fedl2p.report.recipes import KINDS, LIMITS, Kind, at_limits, by_domain, layer_spreads, model_sparsity
-from fedl2p.report.split import ROLES, label_skew
+from fedl2p.report.split import ROLES, label_skew, labels_known
 from fedl2p.report.table import NOTHING, number
 
 MOST_DOMAINS = 12  # that get figures of their own
@@ -37,13 +37,13 @@ def recipes(chapter: Chapter) -> str:
     content = note(_limits(chapter)) + _sparsity_table(chapter)
     for kind in KINDS:
         values = [number(entry["value"]) for entry in rows if entry["kind"] == kind]
-        finite = np.array([value for value in values if math.isfinite(value)])
-        if not finite.size:
+        finite = [value for value in values if math.isfinite(value)]
+        if not finite:
             continue
-        margin = 0.03 * (np.ptp(finite) or 1.0)
-        limits = (float(finite.min() - margin), float(finite.max() + margin))
-        figures = [chapter.figure(hyperparameter_boxes(rows, kind, sizes=sizes))]
-        shown = gallery(figures)
+        low, high = min(0.0, *finite), max(0.0, *finite)
+        margin = 0.03 * ((high - low) or 1.0)
+        limits = (low - margin, high + margin)  # the same for all domains
+        shown = gallery([chapter.figure(hyperparameter_boxes(rows, kind, limits=limits, sizes=sizes))])
         if len(domains) > 1:
             parts = [
                 chapter.figure(hyperparameter_boxes(own, kind, group=domain, limits=limits, sizes=sizes))
@@ -98,7 +98,8 @@ def domains(chapter: Chapter) -> str:
     """The paper's Table 6 and Figures 3 and 5."""
     found = agreements(chapter.run)
     if not any(math.isfinite(entry.index) for entry in found):
-        return ""
+        several = len({domain for _, domain in chapter.run.who.values()}) > 1
+        return note("Nothing to compare: there are no more clients than domains.") if several and found else ""
     features = list(dict.fromkeys(entry.feature for entry in found))
     body = []
     for pool in dict.fromkeys(entry.pool for entry in found):
@@ -134,8 +135,8 @@ def failures(chapter: Chapter) -> str:
         row(escape(_ranges(rounds)), escape(client), escape(reason), text=True)
         for (client, reason), rounds in found.items()
     ]
-    titles = [f'<th scope="col" class="text">{title}</th>' for title in ("client", "reason")]
-    return table(heads("Round", *titles), body, "They were left out of their round's average.", sortable=True)
+    columns = heads("Round", "client", "reason", text=True)
+    return table(columns, body, "They were left out of their round's average.", sortable=True)
 
 
 def _ranges(rounds: list[int]) -> str:
@@ -159,7 +160,7 @@ def split(chapter: Chapter) -> str:
         sizes = np.array([client.sizes for client in own])
         low, middle, high = sizes[:, 0].min(), np.median(sizes[:, 0]), sizes[:, 0].max()
         each = f"{low}" if low == high else f"{low} to {high} ({middle:g})"
-        skew = f"{label_skew(own):.2f}" if own[0].counts.shape[1] > 1 else NOTHING
+        skew = f"{label_skew(own):.2f}" if labels_known(own) else NOTHING
         domains = str(len({client.domain for client in own}))
         body.append(row(escape(pool), str(len(own)), domains, *(str(total) for total in sizes.sum(axis=0)), each, skew))
     caption = (

@@ -115,7 +115,7 @@ def rates(chapter: Chapter) -> str:
         if tried:
             body.append(row(escape(method_label(results, name)), ", ".join(tried), text=True))
     caption = "Each with the validation loss of the seen clients; the rate in bold is the one that was taken."
-    return table(heads("Method", '<th scope="col" class="text">rates tried</th>'), body, caption)
+    return table(heads("Method", "rates tried", text=True), body, caption)
 
 
 def client_tables(chapter: Chapter) -> str:
