@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo test test-slow lint bench clean
+.PHONY: install demo test test-slow browser lint bench clean
 
 install: $(STAMP)
 
@@ -19,8 +19,13 @@ demo: install
 test: install
 	$(BIN)/python -m pytest
 
-test-slow: install
+test-slow: install browser
 	$(BIN)/python -m pytest -m slow
+
+# A Chromium for the tests of the report page; Debian's where there is none and one may install it.
+browser:
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
+	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
 
 # How fast each part is, against a reference in the same process; writes benchmarks/results.json and .md.
 bench: install
