@@ -1,6 +1,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+# A worker a core; tensors this small gain nothing from more threads. Tests of one xdist_group share a worker.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadgroup
 
 .PHONY: install demo test test-slow browser lint bench clean
 
@@ -17,10 +19,10 @@ demo: install
 	$(BIN)/fedl2p run configs/digits.yaml
 
 test: install
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-slow: install browser
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 # A Chromium for the tests of the report page; Debian's where there is none and one may install it.
 browser:

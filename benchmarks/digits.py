@@ -11,8 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedl2p.experiment.config import load_config
-from fedl2p.experiment.run import run_and_report
+from fedl2p.experiment.run import run
 from fedl2p.report.analysis import paired_bootstrap
 
 
@@ -34,7 +33,7 @@ def _result(options: argparse.Namespace, seed: int) -> dict[str, object]:
     path = folder / "results.json"
     if not path.exists():
         arguments = [options.config, f"seed={seed}", f"output_dir={folder}", "wandb.enabled=false"]
-        run_and_report(load_config([*arguments, *options.overrides]))
+        run(*arguments, *options.overrides)
     return dict(json.loads(path.read_text()))
 
 

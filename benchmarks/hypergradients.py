@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fedl2p.experiment.config import load_config
-from fedl2p.experiment.stages import Experiment
+from fedl2p.experiment.config import load_config, to_yaml
+from fedl2p.experiment.context import prepare
+from fedl2p.experiment.run import run_stages
 
 PAPER_NETS = [
     "meta_nets.initialization=paper",
@@ -72,15 +73,17 @@ def _run(options: argparse.Namespace, variant: str, seed: int) -> dict[str, obje
     if path.exists():
         return dict(json.loads(path.read_text()))
     base = [options.config, f"seed={seed}", f"output_dir={folder}", "baselines.l2p=false", "wandb.enabled=false"]
-    experiment = Experiment(load_config([*base, *VARIANTS[variant], *options.overrides])).run()
-    losses = [record.val_loss for record in experiment.state.history]
+    context = prepare(load_config([*base, *VARIANTS[variant], *options.overrides]))
+    with context.folder.opened(to_yaml(context.config), resume=False):
+        outcome = run_stages(context)
+    losses = [record.val_loss for record in outcome.state.history]
     summary: dict[str, object] = {
         "losses": [loss if math.isfinite(loss) else None for loss in losses],
-        "best_round": experiment.state.best_round,
-        "skipped": sum(record.skipped_steps for record in experiment.state.history),
+        "best_round": outcome.state.best_round,
+        "skipped": sum(record.skipped_steps for record in outcome.state.history),
     }
     for name in ("fedl2p", "fedl2p_shuffled"):
-        for pool, clients in experiment.methods[name].pools.items():
+        for pool, clients in outcome.methods[name].pools.items():
             summary[f"{name}/{pool}"] = float(np.mean([row["accuracy"] for row in clients.values()]))
     path.write_text(json.dumps(summary, indent=2))
     return summary

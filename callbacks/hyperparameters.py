@@ -4,6 +4,8 @@ from typing import Any
 
 import lightning as L
 
+from fedl2p.report.hyperparameters import named_values
+
 
 class HyperparameterLogger(L.Callback):
     """After each training batch, sends the client's recipe to every logger of the Trainer.
@@ -21,13 +23,6 @@ class HyperparameterLogger(L.Callback):
         if recipe is None or not trainer.loggers or not trainer.is_global_zero:
             return
         nets: Any = pl_module.meta_nets
-        metrics: dict[str, float] = {}
-        for kind, names, values in (
-            ("beta", nets.batchnorm_names, recipe.beta),
-            ("eta", nets.parameter_names, recipe.eta),
-        ):
-            # One transfer for the whole vector: reading entry by entry would wait for the device each time.
-            numbers = values.detach().cpu().tolist()
-            metrics |= {f"{kind}/{name}": value for name, value in zip(names, numbers, strict=True)}
+        metrics = {f"{kind}/{name}": value for kind, name, value in named_values(recipe, nets)}
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)

@@ -1,14 +1,13 @@
 """`metrics.jsonl`: a line a round."""
 
-import json
-import math
 import os
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from fedl2p.errors import RunFolderError
 from fedl2p.federation.state import MetaState, RoundCallback, RoundRecord
-from fedl2p.io import write_atomically
+from fedl2p.io import to_json, write_atomically
 
 
 class MetricsFile(RoundCallback):
@@ -57,13 +56,10 @@ class MetricsFile(RoundCallback):
 
     def _close(self) -> None:
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # of a line that could not be written either; on_round_end has said so
+                self._file.close()
             self._file = None
 
 
 def _line(record: RoundRecord) -> str:
-    values: dict[str, Any] = {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in record.as_dict().items()
-    }
-    return json.dumps(values, allow_nan=False) + "\n"
+    return to_json(record.as_dict()) + "\n"

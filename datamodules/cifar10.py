@@ -4,10 +4,12 @@ Krizhevsky, "Learning Multiple Layers of Features from Tiny Images" (2009): 60,0
 """
 
 import io
+import logging
 import os
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +19,9 @@ from torch import Tensor
 from fedl2p.datamodules.base.arrays import crop_and_flip
 from fedl2p.datamodules.base.domains import Domain, DomainsDataModule, Samples
 from fedl2p.datamodules.base.partition import IntArray
+from fedl2p.datamodules.base.split import Split
 from fedl2p.datamodules.io.files import data_folder, missing_data
+from fedl2p.datamodules.io.images import image_errors
 from fedl2p.errors import DataError
 
 MEAN = (0.4914, 0.4822, 0.4465)
@@ -31,12 +35,14 @@ _GET = (
     f"{JPEG_FILE}, with the images as JPEG bytes (jpeg, offsets, labels, split)."
 )
 
+_LOGGER = logging.getLogger(__name__)
+
 Bytes = NDArray[np.uint8]
-Split = tuple[Bytes, IntArray]
+Labelled = tuple[Bytes, IntArray]
 """Images, shape (n, 32, 32, 3), and labels, shape (n,)."""
 
 
-def read_cifar10(root: Path, *, download: bool = False, only_test: bool = False) -> dict[str, Split]:
+def read_cifar10(root: Path, *, download: bool = False, only_test: bool = False) -> dict[str, Labelled]:
     """Reads CIFAR-10 from a folder with the published batches, or with JPEG bytes in an `.npz` file.
 
     Args:
@@ -69,7 +75,7 @@ def read_cifar10(root: Path, *, download: bool = False, only_test: bool = False)
     }
 
 
-def _from_jpeg(place: Path, names: Sequence[str]) -> dict[str, Split]:
+def _from_jpeg(place: Path, names: Sequence[str]) -> dict[str, Labelled]:
     try:
         with place.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             content, offsets, labels, split = (file[name] for name in ("jpeg", "offsets", "labels", "split"))
@@ -77,7 +83,12 @@ def _from_jpeg(place: Path, names: Sequence[str]) -> dict[str, Split]:
         raise DataError(f"{place} has no array {error}; it must hold jpeg, offsets, labels and split.") from error
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"{place} cannot be read: {error}") from error
-    result: dict[str, Split] = {}
+    if not (len(offsets) - 1 == len(labels) == len(split) and {offsets.dtype.kind, labels.dtype.kind} <= {*"iu"}):
+        raise DataError(
+            f"{place} has {len(offsets)} offsets, {len(labels)} labels and {len(split)} splits; they must be whole "
+            "numbers, one offset more than there are labels, and as many names of splits."
+        )
+    result: dict[str, Labelled] = {}
     for name in names:
         rows = np.flatnonzero(split == name)
         images = np.empty((len(rows), 32, 32, 3), dtype=np.uint8)
@@ -88,15 +99,12 @@ def _from_jpeg(place: Path, names: Sequence[str]) -> dict[str, Split]:
 
 
 def _decoded(content: bytes, place: Path, row: int) -> Bytes:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
-    try:
-        pixels = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
-    except (UnidentifiedImageError, OSError) as error:
-        raise DataError(f"Image {row} of {place} cannot be decoded: {error}") from error
-    if pixels.shape != (32, 32, 3):
-        raise DataError(f"Image {row} of {place} has the shape {pixels.shape}; it must be (32, 32, 3).")
-    return pixels
+    with image_errors(f"Image {row} of {place}"), Image.open(io.BytesIO(content), formats=("JPEG",)) as image:
+        if image.size != (32, 32):
+            raise ValueError(f"it has {image.width} x {image.height} pixels, not 32 x 32")
+        return np.asarray(image.convert("RGB"))
 
 
 def as_inputs(images: Bytes) -> Tensor:
@@ -115,15 +123,9 @@ class CIFAR10DataModule(DomainsDataModule):
     Args:
         root: The folder with CIFAR-10; None is ``cifar10`` among the data sets.
         download: Fetch what is missing by torchvision.
-        batch_size: Samples in a client's training batch, at least 1.
-        seed: Fixes who has which images. At least 0.
-        alpha: Dirichlet concentration of the labels, above 0; None gives all clients the same labels.
-        seen_clients: At least 1.
-        unseen_clients: From 0.
-        pretrain_clients: From 0.
-        samples_per_client: Training and validation images of a client; None deals out all.
-        val_fraction: Of those, in (0, 1).
         augment: Shift and mirror the images of training batches.
+        samples_per_client: The old name of `client_size`.
+        **options: `batch_size`, and the words of `Split` in `split_keys`.
 
     Raises:
         DataError: If an argument is not as above. `prepare_data` and `setup` raise it when the files are missing or
@@ -134,35 +136,39 @@ class CIFAR10DataModule(DomainsDataModule):
     classes = CLASSES
     mean = MEAN
     std = STD
+    split = Split(alpha=0.5, seen_clients=1000)
+    domain_names = ("cifar10",)
+    split_keys = (
+        "seed",
+        "domains",
+        "alpha",
+        "seen_clients",
+        "unseen_clients",
+        "pretrain_clients",
+        "client_size",
+        "val_fraction",
+    )
 
     def __init__(
         self,
         root: str | os.PathLike[str] | None = None,
         *,
         download: bool = False,
-        batch_size: int = 32,
-        seed: int = 0,
-        alpha: float | None = 0.5,
-        seen_clients: int = 1000,
-        unseen_clients: int = 0,
-        pretrain_clients: int = 0,
-        samples_per_client: int | None = None,
-        val_fraction: float = 0.2,
         augment: bool = False,
+        samples_per_client: int | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            batch_size=batch_size,
-            seed=seed,
-            alpha=alpha,
-            clients_per_domain=seen_clients,
-            unseen_clients_per_domain=unseen_clients,
-            pretrain_clients_per_domain=pretrain_clients,
-            client_size=samples_per_client,
-            val_fraction=val_fraction,
-        )
+        if samples_per_client is not None:
+            _LOGGER.warning("samples_per_client is now called client_size; the old name goes with the next release.")
+            options.setdefault("client_size", samples_per_client)
+        super().__init__(**options)
         self.augmentation = crop_and_flip if augment else None
         self.download = download
         self.root = data_folder(root, "cifar10")
+
+    def client_counts(self, domain: str) -> tuple[int, int, int]:
+        """Of the federation, since all is one domain."""
+        return self.split.pretrain_clients, self.split.seen_clients, self.split.unseen_clients
 
     def prepare_data(self) -> None:
         """Looks for the files, and fetches them where that was asked for.

@@ -4,16 +4,17 @@ Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to Common Corr
 """
 
 import os
-import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from fedl2p.datamodules.base.domains import Domain, DomainsDataModule, Samples
 from fedl2p.datamodules.base.partition import IntArray, stratified_roles
-from fedl2p.datamodules.cifar10 import CLASSES, MEAN, STD, Bytes, Split, as_inputs, read_cifar10
+from fedl2p.datamodules.base.split import Split
+from fedl2p.datamodules.cifar10 import CLASSES, MEAN, STD, Bytes, Labelled, as_inputs, read_cifar10
 from fedl2p.datamodules.corruptions.cifar10 import COMPUTED, corrupt
 from fedl2p.datamodules.io.files import data_folder, missing_data
 from fedl2p.errors import DataError
@@ -52,16 +53,8 @@ class CIFAR10CDataModule(DomainsDataModule):
         root: The folder with the published `.npy` files; None is ``cifar10c`` among the data sets. Where a file is
             missing, its corruption is computed, other than frost, which needs photographs.
         cifar10_root: The folder with CIFAR-10, see `CIFAR10DataModule`; needed for computed corruptions only.
-        batch_size: Samples in a client's training batch, at least 1.
-        seed: Fixes who has which images, and the draws of computed corruptions. At least 0.
-        domains: Corruptions, each at most once.
         severity: 1 to 5.
-        alpha: Dirichlet concentration inside domains, see `DomainsDataModule`, as all that follow.
-        clients_per_domain: Of the seen pool.
-        unseen_clients_per_domain: Of the unseen pool.
-        client_size: Images of a client without those for testing; None deals out all.
-        val_fraction: Of what is not for testing.
-        test_fraction: Of all images.
+        **options: `batch_size`, and the words of `Split` in `split_keys`; `domains` are corruptions.
 
     Raises:
         DataError: If an argument is not as above. `prepare_data` and `setup` raise it when files are missing or broken.
@@ -72,34 +65,17 @@ class CIFAR10CDataModule(DomainsDataModule):
     mean = MEAN
     std = STD
     same_samples = True
+    split = Split(domains=CORRUPTIONS, alpha=0.5, clients_per_domain=25)
 
     def __init__(
         self,
         root: str | os.PathLike[str] | None = None,
         *,
         cifar10_root: str | os.PathLike[str] | None = None,
-        batch_size: int = 32,
-        seed: int = 0,
-        domains: Sequence[str] = CORRUPTIONS,
         severity: int = 3,
-        alpha: float | None = 0.5,
-        clients_per_domain: int = 25,
-        unseen_clients_per_domain: int = 0,
-        client_size: int | None = None,
-        val_fraction: float = 0.2,
-        test_fraction: float = 0.2,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            domains,
-            batch_size=batch_size,
-            seed=seed,
-            alpha=alpha,
-            clients_per_domain=clients_per_domain,
-            unseen_clients_per_domain=unseen_clients_per_domain,
-            client_size=client_size,
-            val_fraction=val_fraction,
-            test_fraction=test_fraction,
-        )
+        super().__init__(**options)
         if not 1 <= severity <= _SEVERITIES:
             raise DataError(f"severity is {severity}; it must be from 1 to {_SEVERITIES}.")
         self.severity = severity
@@ -141,8 +117,12 @@ class CIFAR10CDataModule(DomainsDataModule):
         complete = self._file("labels").is_file()
         return [name for name in self.domains or () if not (complete and self._file(name).is_file())]
 
-    def _published(self, name: str) -> Split:
+    def _published(self, name: str) -> Labelled:
         labels, images = (self._array(key) for key in ("labels", name))
+        if labels.ndim != 1 or labels.dtype.kind not in "iu":
+            raise DataError(
+                f"{self._file('labels')} holds {labels.dtype} of shape {labels.shape}; it must be a number each."
+            )
         count = len(labels) // _SEVERITIES
         if images.shape != (len(labels), 32, 32, 3) or images.dtype != np.uint8 or count * _SEVERITIES != len(labels):
             raise DataError(
@@ -160,11 +140,12 @@ class CIFAR10CDataModule(DomainsDataModule):
             raise DataError(f"{self._file(name)} cannot be read: {error}") from error
         return found
 
-    def _computed(self, name: str, clean: Split) -> Split:
-        seed = np.random.SeedSequence(self.seed, spawn_key=(3, zlib.crc32(name.encode())))
-        return corrupt(clean[0], name, self.severity, np.random.default_rng(seed)), clean[1]
+    def _computed(self, name: str, clean: Labelled) -> Labelled:
+        return corrupt(clean[0], name, self.severity, self._rng(3, name)), clean[1]
 
     def _roles(self, labels: IntArray) -> tuple[IntArray, IntArray]:
         """Which images are for training and validation, and which for testing: the same in every domain."""
-        train, test = stratified_roles(labels, [1 - self.test_fraction, self.test_fraction], self._rng(3, ""))
+        train, test = stratified_roles(
+            labels, [1 - self.split.test_fraction, self.split.test_fraction], self._rng(3, "")
+        )
         return train, test

@@ -8,13 +8,14 @@ tests and demonstrations.
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from fedl2p.datamodules.base.federated import POOLS, ClientData, FederatedDataModule
+from fedl2p.datamodules.base.federated import ClientData, FederatedDataModule
 from fedl2p.datamodules.base.partition import (
     FloatArray,
     IntArray,
@@ -22,12 +23,13 @@ from fedl2p.datamodules.base.partition import (
     partition_by_proportions,
     stratified_roles,
 )
+from fedl2p.datamodules.base.split import Split
 from fedl2p.datamodules.corruptions.digits import CORRUPTIONS
 from fedl2p.errors import DataError
+from fedl2p.pools import POOLS, ROLES
 
 DOMAINS = ("noise", "blur", "contrast", "brightness", "rotation", "inversion")
 _POOL_FRACTIONS = (0.30, 0.42, 0.28)  # in the order of POOLS
-_ROLES = ("train", "val", "test")
 # Fewer test images, and strongly skewed clients would run out of the classes that they train on.
 _ROLE_FRACTIONS = (0.40, 0.30, 0.30)
 _PRETRAIN_HOLDOUT = 0.15  # of a pretrain client's images, for val and again for test
@@ -56,40 +58,26 @@ class DigitsDataModule(FederatedDataModule):
     has such images).
 
     Args:
-        batch_size: Samples in a client's training batch, at least 1.
-        seed: Fixes the whole federation: who has which images, how corrupted. At least 0.
-        alpha: Dirichlet concentration of the labels, above 0: 0.1 is strong skew, 1000 none.
         domains: Kinds of corruption, each at most once; of ``fedl2p.datamodules.corruptions.digits.CORRUPTIONS``.
-        pretrain_clients: Clients of the pretrain pool, 1 to 53.
-        seen_clients: Clients of the seen pool, at least one a domain.
-        unseen_clients: Clients of the unseen pool, at least one a domain.
         train_sizes: Numbers of training images, at least 2; each domain deals them out in turn, in random
             order. A client with n has max(8, n / 2) images in val and as many in test.
+        **options: `batch_size`, and the words of `Split` in `split_keys`. There are 1 to 53 pretrain clients; seen and
+            unseen ones are spread over the domains, at least one in each; `alpha` is a number.
 
     Raises:
         DataError: If an argument is not as above. `setup` raises it when a domain has too few images.
     """
 
     num_classes = 10
+    split = Split(alpha=0.5, pretrain_clients=10, seen_clients=48, unseen_clients=24)
+    alpha: float
+    split_keys = ("seed", "alpha", "pretrain_clients", "seen_clients", "unseen_clients")
 
     def __init__(
-        self,
-        *,
-        batch_size: int = 32,
-        seed: int = 0,
-        alpha: float = 0.5,
-        domains: Sequence[str] = DOMAINS,
-        pretrain_clients: int = 10,
-        seen_clients: int = 48,
-        unseen_clients: int = 24,
-        train_sizes: Sequence[int] = (8, 16, 32, 64),
+        self, *, domains: Sequence[str] = DOMAINS, train_sizes: Sequence[int] = (8, 16, 32, 64), **options: Any
     ) -> None:
-        super().__init__(batch_size=batch_size, seed=seed)
-        self.alpha = alpha
+        super().__init__(**options)
         self.domains = tuple(domains)
-        self.pretrain_clients = pretrain_clients
-        self.seen_clients = seen_clients
-        self.unseen_clients = unseen_clients
         self.train_sizes = tuple(train_sizes)
         self._check_arguments()
 
@@ -101,12 +89,12 @@ class DigitsDataModule(FederatedDataModule):
 
     def _plans(self, labels: IntArray) -> list[_Plan]:
         """Who gets which images."""
-        pretrain, seen, unseen = stratified_roles(labels, _POOL_FRACTIONS, self._rng(0))
-        shifted = (("seen", seen, self.seen_clients), ("unseen", unseen, self.unseen_clients))
+        pretrain, seen, unseen = stratified_roles(labels, _POOL_FRACTIONS, self.rng(0))
+        shifted = (("seen", seen, self.split.seen_clients), ("unseen", unseen, self.split.unseen_clients))
         roles = {}
         for pool, members, num_clients in shifted:
-            parts = stratified_roles(labels[members], _ROLE_FRACTIONS, self._rng(1, POOLS.index(pool)))
-            roles[pool] = {role: members[part] for role, part in zip(_ROLES, parts, strict=True)}
+            parts = stratified_roles(labels[members], _ROLE_FRACTIONS, self.rng(1, POOLS.index(pool)))
+            roles[pool] = {role: members[part] for role, part in zip(ROLES, parts, strict=True)}
             self._check_supply(pool, num_clients, roles[pool])
         plans = list(self._pretrain_plans(pretrain, labels))
         for pool, _, num_clients in shifted:
@@ -115,11 +103,11 @@ class DigitsDataModule(FederatedDataModule):
         return plans
 
     def _pretrain_plans(self, members: IntArray, labels: IntArray) -> Iterator[_Plan]:
-        rng = self._rng(2)
-        size = len(members) // self.pretrain_clients
+        rng = self.rng(2)
+        size = len(members) // self.split.pretrain_clients
         held = round(_PRETRAIN_HOLDOUT * size)
-        even = np.ones((self.pretrain_clients, self.num_classes))
-        parts = partition_by_proportions(labels[members], even, np.full(self.pretrain_clients, size), rng)
+        even = np.ones((self.split.pretrain_clients, self.num_classes))
+        parts = partition_by_proportions(labels[members], even, np.full(self.split.pretrain_clients, size), rng)
         for number, part in enumerate(parts):
             val, test, train = np.split(rng.permutation(members[part]), [held, 2 * held])
             yield _Plan("pretrain", "clean", number, 0.0, {"train": train, "val": val, "test": test})
@@ -128,12 +116,12 @@ class DigitsDataModule(FederatedDataModule):
         self, pool: str, domain: str, count: int, supply: Mapping[str, IntArray], labels: IntArray
     ) -> Iterator[_Plan]:
         # A domain has a stream of its own, so that adding another one leaves its clients as they are.
-        rng = self._rng(3, POOLS.index(pool), DOMAINS.index(domain))
+        rng = self.rng(3, POOLS.index(pool), DOMAINS.index(domain))
         sizes = self._sizes(count)
         order = rng.permutation(count)  # so that a client's size says nothing of its severity
         proportions: FloatArray = label_proportions(count, self.num_classes, self.alpha, rng)
         images: dict[str, list[IntArray]] = {}
-        for role in _ROLES:
+        for role in ROLES:
             members = supply[role]
             parts = partition_by_proportions(labels[members], proportions, sizes[role][order], rng)
             images[role] = [members[part] for part in parts]
@@ -143,15 +131,15 @@ class DigitsDataModule(FederatedDataModule):
                     [np.bincount(labels[own], minlength=self.num_classes) for own in images["train"]]
                 )
         for number, severity in enumerate(_severities(count)):
-            own = {role: images[role][number] for role in _ROLES}
+            own = {role: images[role][number] for role in ROLES}
             yield _Plan(pool, domain, number, float(severity), own)
 
     def _client(self, plan: _Plan, images: Tensor, labels: Tensor) -> ClientData:
         """Makes a client's images; each of its three sets holds inputs (n, 1, 8, 8) and labels (n,)."""
-        seed = self._rng(4, POOLS.index(plan.pool), plan.number).integers(2**62)
+        seed = self.rng(4, POOLS.index(plan.pool), plan.number).integers(2**62)
         generator = torch.Generator().manual_seed(int(seed))
         sets = {}
-        for role in _ROLES:
+        for role in ROLES:
             own = torch.from_numpy(plan.images[role])
             inputs = images[own]
             if plan.domain in CORRUPTIONS:
@@ -164,9 +152,6 @@ class DigitsDataModule(FederatedDataModule):
             details={"severity": plan.severity, "size": float(len(sets["train"]))},
             **sets,
         )
-
-    def _rng(self, *key: int) -> np.random.Generator:
-        return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=key))
 
     def _sizes(self, count: int) -> dict[str, IntArray]:
         """Samples of a domain's clients by role, each of shape (count,)."""
@@ -197,16 +182,18 @@ class DigitsDataModule(FederatedDataModule):
             raise DataError(
                 f"The domains are {list(self.domains)}; they must be some of {', '.join(DOMAINS)}, each at most once."
             )
-        if not (np.isfinite(self.alpha) and self.alpha > 0):
-            raise DataError(f"alpha is {self.alpha}; it must be a positive number.")
+        if self.split.alpha is None:
+            raise DataError("alpha is None; it must be a positive number here.")
         if not self.train_sizes or min(self.train_sizes) < 2:
             raise DataError(f"train_sizes is {list(self.train_sizes)}; it must be whole numbers of at least 2.")
-        if not 1 <= self.pretrain_clients <= _PRETRAIN_MOST:
-            raise DataError(f"pretrain_clients is {self.pretrain_clients}; it must be from 1 to {_PRETRAIN_MOST}.")
+        if not 1 <= self.split.pretrain_clients <= _PRETRAIN_MOST:
+            raise DataError(
+                f"pretrain_clients is {self.split.pretrain_clients}; it must be from 1 to {_PRETRAIN_MOST}."
+            )
         for name in ("seen_clients", "unseen_clients"):
-            if getattr(self, name) < len(self.domains):
+            if getattr(self.split, name) < len(self.domains):
                 raise DataError(
-                    f"{name} is {getattr(self, name)}; it must be at least {len(self.domains)}, one a domain."
+                    f"{name} is {getattr(self.split, name)}; it must be at least {len(self.domains)}, one a domain."
                 )
 
 

@@ -8,6 +8,7 @@ import os
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from fedl2p.datamodules.base.domains import Domain, DomainsDataModule, Samples
 from fedl2p.datamodules.base.partition import IntArray
+from fedl2p.datamodules.base.split import Split
 from fedl2p.datamodules.io.files import data_folder, missing_data
 from fedl2p.errors import DataError
 
@@ -36,19 +38,8 @@ class DigitsTwoDomainsDataModule(DomainsDataModule):
         root: The `.npz` file, or a folder with it or with torchvision's MNIST and USPS; None looks for
             ``digits_mnist_usps.npz``, then for a folder ``digits_mnist_usps``, among the data sets.
         download: Fetch what is missing by torchvision.
-        batch_size: Samples in a client's training batch, at least 1.
-        seed: Fixes who has which images. At least 0.
-        domains: Some of mnist and usps.
         image_size: Side of the images in pixels, at least 1.
-        alpha: Dirichlet concentration inside domains, see `DomainsDataModule`, as all that follow.
-        clients_per_domain: Of the seen pool.
-        unseen_clients_per_domain: Of the unseen pool.
-        pretrain_clients_per_domain: Of the pretrain pool.
-        pretrain_domains: Domains with pretrain clients; None is all.
-        client_size: Images of a client; None deals out all.
-        val_fraction: Of what is not for testing.
-        test_fraction: Of a client's images.
-        equal_domains: Cut the larger domain to the smaller.
+        **options: `batch_size`, and the words of `Split` in `split_keys`; `domains` are mnist and usps.
 
     Raises:
         DataError: If an argument is not as above. `prepare_data` and `setup` raise it when the files are missing or
@@ -56,40 +47,27 @@ class DigitsTwoDomainsDataModule(DomainsDataModule):
     """
 
     num_classes = 10
+    domain_names = DOMAINS
+    split = Split(
+        alpha=1.0,
+        clients_per_domain=30,
+        unseen_clients_per_domain=15,
+        pretrain_clients_per_domain=20,
+        pretrain_domains=("mnist",),
+        client_size=100,
+        val_fraction=0.25,
+        test_fraction=0.4,
+    )
 
     def __init__(
         self,
         root: str | os.PathLike[str] | None = None,
         *,
         download: bool = False,
-        batch_size: int = 32,
-        seed: int = 0,
-        domains: Sequence[str] = DOMAINS,
         image_size: int = 28,
-        alpha: float | None = 1.0,
-        clients_per_domain: int = 30,
-        unseen_clients_per_domain: int = 15,
-        pretrain_clients_per_domain: int = 20,
-        pretrain_domains: Sequence[str] | None = ("mnist",),
-        client_size: int | None = 100,
-        val_fraction: float = 0.25,
-        test_fraction: float = 0.4,
-        equal_domains: bool = False,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            domains,
-            batch_size=batch_size,
-            seed=seed,
-            alpha=alpha,
-            clients_per_domain=clients_per_domain,
-            unseen_clients_per_domain=unseen_clients_per_domain,
-            pretrain_clients_per_domain=pretrain_clients_per_domain,
-            pretrain_domains=pretrain_domains,
-            client_size=client_size,
-            val_fraction=val_fraction,
-            test_fraction=test_fraction,
-            equal_domains=equal_domains,
-        )
+        super().__init__(**options)
         if image_size < 1:
             raise DataError(f"image_size is {image_size}; it must be at least 1.")
         self.image_size = image_size
@@ -156,10 +134,16 @@ def _from_npz(place: Path) -> dict[str, tuple[Tensor, IntArray]]:
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"{place} cannot be read: {error}") from error
     for name, (images, labels) in found.items():
-        if images.dtype != np.uint8 or images.ndim != 3 or labels.shape != images.shape[:1]:
+        if (
+            images.dtype != np.uint8
+            or images.ndim != 3
+            or labels.shape != images.shape[:1]
+            or labels.dtype.kind not in "iu"
+        ):
             raise DataError(
                 f"{place} has {name}_images of type {images.dtype} and shape {images.shape}, and {name}_labels of "
-                f"shape {labels.shape}; they must be bytes of shape (n, height, width), and (n,)."
+                f"type {labels.dtype} and shape {labels.shape}; they must be bytes of shape (n, height, width), and "
+                "whole numbers of shape (n,)."
             )
     return {name: (torch.from_numpy(images), labels.astype(np.int64)) for name, (images, labels) in found.items()}
 

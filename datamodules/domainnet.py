@@ -7,13 +7,14 @@ Peng et al., "Moment Matching for Multi-Source Domain Adaptation" (ICCV 2019), h
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from fedl2p.datamodules.base.domains import Domain, Samples
+from fedl2p.datamodules.base.split import Split
 from fedl2p.datamodules.image_folder import ImageDomainsDataModule
 from fedl2p.datamodules.io.files import data_folder, missing_data
-from fedl2p.datamodules.io.images import Fit
 from fedl2p.errors import DataError
 
 DOMAINS = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")
@@ -54,65 +55,28 @@ class DomainNetDataModule(ImageDomainsDataModule):
 
     Args:
         root: The folder; None looks for ``domainnet`` among the data sets.
-        batch_size: Samples in a client's training batch, at least 1.
-        seed: Fixes which images are kept and who has them. At least 0.
-        domains: Some of clipart, infograph, painting, quickdraw, real and sketch.
         classes: Names of classes; a label is a position here.
-        image_size: Side of the images in pixels; the paper's network was trained on 224.
-        fit: ``stretch`` keeps all of an image, ``crop`` its proportions.
-        augment: Mirror and turn training images.
-        alpha: Dirichlet concentration inside domains: the paper has 1000, 1.0, 0.5 and 0.1; None is no skew.
-        clients_per_domain: See `DomainsDataModule`, as all that follow.
-        unseen_clients_per_domain: Of the unseen pool; the domain's images are then divided.
-        pretrain_clients_per_domain: Of the pretrain pool, likewise; the paper starts from ImageNet's weights instead.
-        client_size: Training and validation images of a client.
-        val_fraction: Of these.
-        equal_domains: Cut every domain to the smallest.
+        **options: `batch_size`, arguments of `ImageDomainsDataModule`, and the words of `Split` in `split_keys`.
 
     Raises:
         DataError: If an argument is not as above. `prepare_data` and `setup` raise it when lists or images are missing
             or broken, or a list has no image of a class.
     """
 
+    domain_names = DOMAINS
+    split = Split(alpha=1.0, clients_per_domain=25, equal_domains=True)
+    split_keys = tuple(key for key in ImageDomainsDataModule.split_keys if key != "test_fraction")
+
     def __init__(
         self,
         root: str | os.PathLike[str] | None = None,
         *,
-        batch_size: int = 32,
-        seed: int = 0,
-        domains: Sequence[str] = DOMAINS,
         classes: Sequence[str] = CLASSES,
-        image_size: int = 224,
-        fit: Fit = "stretch",
-        augment: bool = True,
-        alpha: float | None = 1.0,
-        clients_per_domain: int = 25,
-        unseen_clients_per_domain: int = 0,
-        pretrain_clients_per_domain: int = 0,
-        client_size: int | None = None,
-        val_fraction: float = 0.2,
-        equal_domains: bool = True,
+        **options: Any,
     ) -> None:
-        unknown = [name for name in domains if name not in DOMAINS]
-        if unknown:
-            raise DataError(f"There is no domain {unknown[0]!r}; the domains are {', '.join(DOMAINS)}.")
+        super().__init__(**options)
         if not classes or len(set(classes)) < len(classes):
             raise DataError(f"The classes are {list(classes)}; name at least one, and each at most once.")
-        super().__init__(
-            domains,
-            image_size=image_size,
-            fit=fit,
-            augment=augment,
-            batch_size=batch_size,
-            seed=seed,
-            alpha=alpha,
-            clients_per_domain=clients_per_domain,
-            unseen_clients_per_domain=unseen_clients_per_domain,
-            pretrain_clients_per_domain=pretrain_clients_per_domain,
-            client_size=client_size,
-            val_fraction=val_fraction,
-            equal_domains=equal_domains,
-        )
         self.root = data_folder(root, "domainnet")
         self.classes = tuple(classes)
         self.num_classes = len(self.classes)
@@ -146,7 +110,7 @@ class DomainNetDataModule(ImageDomainsDataModule):
         numbers = {label: number for number, label in enumerate(self.classes)}
         place = self._list(domain, split)
         paths, labels = [], []
-        for position, line in enumerate(place.read_text(encoding="utf-8").splitlines(), start=1):
+        for position, line in enumerate(place.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
             # File names have no spaces, but nothing is lost by allowing them.
             parts = line.rpartition(" ")[0].strip().split("/")
             if line.strip() and len(parts) != 3:

@@ -9,6 +9,7 @@ import os
 import string
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from fedl2p.datamodules.base.domains import Samples
 from fedl2p.datamodules.base.people import People, PeopleDataModule
+from fedl2p.datamodules.base.split import Split
 from fedl2p.datamodules.io.files import data_folder, missing_data, with_bar
 from fedl2p.datamodules.io.images import image_files, read_images
 from fedl2p.errors import DataError
@@ -37,14 +39,7 @@ class FEMNISTDataModule(PeopleDataModule):
     Args:
         root: The folder with LEAF's JSON files (in `train` and `test`, or `all_data`, or right there), or with images;
             None is ``femnist`` among the data sets.
-        batch_size: Samples in a client's training batch, at least 1.
-        seed: Fixes who is in which pool. At least 0.
-        seen_clients: At least 1.
-        unseen_clients: From 0.
-        pretrain_clients: From 0.
-        min_samples: Writers with fewer images take no part.
-        val_fraction: Of what is not for testing.
-        test_fraction: Of a writer's images.
+        **options: `batch_size`, and the words of `Split` in `split_keys`.
 
     Raises:
         DataError: If an argument is not as above. `prepare_data` and `setup` raise it when files are missing or broken.
@@ -52,30 +47,10 @@ class FEMNISTDataModule(PeopleDataModule):
 
     num_classes = 62
     classes = tuple(string.digits + string.ascii_uppercase + string.ascii_lowercase)
+    split = Split(seen_clients=200, unseen_clients=50, min_samples=50)
 
-    def __init__(
-        self,
-        root: str | os.PathLike[str] | None = None,
-        *,
-        batch_size: int = 32,
-        seed: int = 0,
-        seen_clients: int = 200,
-        unseen_clients: int = 50,
-        pretrain_clients: int = 0,
-        min_samples: int = 50,
-        val_fraction: float = 0.2,
-        test_fraction: float = 0.2,
-    ) -> None:
-        super().__init__(
-            batch_size=batch_size,
-            seed=seed,
-            seen_clients=seen_clients,
-            unseen_clients=unseen_clients,
-            pretrain_clients=pretrain_clients,
-            min_samples=min_samples,
-            val_fraction=val_fraction,
-            test_fraction=test_fraction,
-        )
+    def __init__(self, root: str | os.PathLike[str] | None = None, **options: Any) -> None:
+        super().__init__(**options)
         self.root = data_folder(root, "femnist")
 
     def prepare_data(self) -> None:

@@ -18,14 +18,13 @@ class ImageDomainsDataModule(DomainsDataModule):
     """Domains whose samples are image files: inputs of shape (3, image_size, image_size), or (1, ...) in grey.
 
     Args:
-        domains: See `DomainsDataModule`.
         image_size: Side of the images in pixels, at least 1.
         fit: ``crop`` scales the short side and cuts out the middle; ``stretch`` scales both sides and loses nothing.
         grayscale: One channel instead of three.
         mean: Taken off each channel, in units of [0, 1]; None is ImageNet's (in grey: its average).
         std: Divided by, likewise.
         augment: Mirror and turn training images by up to 30 degrees, see `flip_and_rotate`.
-        **dealing: The other arguments of `DomainsDataModule`.
+        **options: The arguments of `DomainsDataModule`.
 
     Raises:
         DataError: If an argument is not as above.
@@ -33,17 +32,16 @@ class ImageDomainsDataModule(DomainsDataModule):
 
     def __init__(
         self,
-        domains: Sequence[str] | None,
         *,
-        image_size: int,
-        fit: Fit,
+        image_size: int = 224,
+        fit: Fit = "stretch",
         grayscale: bool = False,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
-        augment: bool,
-        **dealing: Any,
+        augment: bool = True,
+        **options: Any,
     ) -> None:
-        super().__init__(domains, **dealing)
+        super().__init__(**options)
         if image_size < 1:
             raise DataError(f"image_size is {image_size}; it must be at least 1.")
         self.image_size = image_size
@@ -88,24 +86,10 @@ class ImageFolderDataModule(ImageDomainsDataModule):
 
     Args:
         root: The folder; None looks for ``image_folder`` among the data sets.
-        batch_size: Samples in a client's training batch, at least 1.
-        seed: Fixes who has which images. At least 0.
-        domains: The domain folders to use, in the order of the clients; None uses all.
-        image_size: See `ImageDomainsDataModule`, as the next five.
-        fit: ``crop`` or ``stretch``.
-        grayscale: One channel instead of three.
-        mean: Of the channels.
-        std: Of the channels.
+        fit: See `ImageDomainsDataModule`.
         augment: Mirror and turn training images; for classes that stay what they are.
-        alpha: See `DomainsDataModule`, as all that follow.
-        clients_per_domain: Of the seen pool.
-        unseen_clients_per_domain: Of the unseen pool.
-        pretrain_clients_per_domain: Of the pretrain pool.
-        pretrain_domains: Domains with pretrain clients.
-        client_size: Images of a client.
-        val_fraction: Of what is not for testing.
-        test_fraction: Of a client's images.
-        equal_domains: Cut every domain to the smallest.
+        **options: `batch_size`, other arguments of `ImageDomainsDataModule`, and the words of `Split` in `split_keys`;
+            `domains` are folders.
 
     Raises:
         DataError: If an argument is not as above. `prepare_data` and `setup` raise it when there are no images, or an
@@ -116,45 +100,11 @@ class ImageFolderDataModule(ImageDomainsDataModule):
         self,
         root: str | os.PathLike[str] | None = None,
         *,
-        batch_size: int = 32,
-        seed: int = 0,
-        domains: Sequence[str] | None = None,
-        image_size: int = 224,
         fit: Fit = "crop",
-        grayscale: bool = False,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
         augment: bool = False,
-        alpha: float | None = None,
-        clients_per_domain: int = 1,
-        unseen_clients_per_domain: int = 0,
-        pretrain_clients_per_domain: int = 0,
-        pretrain_domains: Sequence[str] | None = None,
-        client_size: int | None = None,
-        val_fraction: float = 0.2,
-        test_fraction: float = 0.2,
-        equal_domains: bool = False,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            domains,
-            image_size=image_size,
-            fit=fit,
-            grayscale=grayscale,
-            mean=mean,
-            std=std,
-            augment=augment,
-            batch_size=batch_size,
-            seed=seed,
-            alpha=alpha,
-            clients_per_domain=clients_per_domain,
-            unseen_clients_per_domain=unseen_clients_per_domain,
-            pretrain_clients_per_domain=pretrain_clients_per_domain,
-            pretrain_domains=pretrain_domains,
-            client_size=client_size,
-            val_fraction=val_fraction,
-            test_fraction=test_fraction,
-            equal_domains=equal_domains,
-        )
+        super().__init__(fit=fit, augment=augment, **options)
         self.root = data_folder(root, "image_folder")
 
     def prepare_data(self) -> None:

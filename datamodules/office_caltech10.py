@@ -5,14 +5,14 @@ Office-31 (Saenko et al. 2010) and Caltech-256 (Griffin et al. 2007) have in com
 """
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from fedl2p.datamodules.base.domains import Domain
+from fedl2p.datamodules.base.split import Split
 from fedl2p.datamodules.image_folder import ImageDomainsDataModule, class_samples, subfolders
 from fedl2p.datamodules.io.files import data_folder, missing_data
-from fedl2p.datamodules.io.images import Fit
-from fedl2p.errors import DataError
 
 DOMAINS = ("amazon", "caltech", "dslr", "webcam")
 CLASSES = (
@@ -61,20 +61,7 @@ class OfficeCaltech10DataModule(ImageDomainsDataModule):
 
     Args:
         root: The folder; None looks for ``office_caltech10`` among the data sets.
-        batch_size: Samples in a client's training batch, at least 1.
-        seed: Fixes which images are kept and who has them. At least 0.
-        domains: Some of amazon, caltech, dslr and webcam.
-        image_size: Side of the images in pixels; the paper's network was trained on 224.
-        fit: ``stretch`` keeps all of an image, ``crop`` its proportions.
-        augment: Mirror and turn training images.
-        alpha: Dirichlet concentration inside domains, for more than one client a domain; None is no skew.
-        clients_per_domain: See `DomainsDataModule`, as all that follow.
-        unseen_clients_per_domain: Of the unseen pool; the domain's images are then divided.
-        pretrain_clients_per_domain: Of the pretrain pool, likewise; the paper starts from ImageNet's weights instead.
-        client_size: Images of a client.
-        val_fraction: Of what is not for testing.
-        test_fraction: Of a client's images.
-        equal_domains: Cut every domain to the smallest.
+        **options: `batch_size`, arguments of `ImageDomainsDataModule`, and the words of `Split` in `split_keys`.
 
     Raises:
         DataError: If an argument is not as above. `prepare_data` and `setup` raise it when folders or images are
@@ -83,45 +70,11 @@ class OfficeCaltech10DataModule(ImageDomainsDataModule):
 
     num_classes = len(CLASSES)
     classes = CLASSES
+    domain_names = DOMAINS
+    split = Split(equal_domains=True)
 
-    def __init__(
-        self,
-        root: str | os.PathLike[str] | None = None,
-        *,
-        batch_size: int = 32,
-        seed: int = 0,
-        domains: Sequence[str] = DOMAINS,
-        image_size: int = 224,
-        fit: Fit = "stretch",
-        augment: bool = True,
-        alpha: float | None = None,
-        clients_per_domain: int = 1,
-        unseen_clients_per_domain: int = 0,
-        pretrain_clients_per_domain: int = 0,
-        client_size: int | None = None,
-        val_fraction: float = 0.2,
-        test_fraction: float = 0.2,
-        equal_domains: bool = True,
-    ) -> None:
-        unknown = [name for name in domains if name not in DOMAINS]
-        if unknown:
-            raise DataError(f"There is no domain {unknown[0]!r}; the domains are {', '.join(DOMAINS)}.")
-        super().__init__(
-            domains,
-            image_size=image_size,
-            fit=fit,
-            augment=augment,
-            batch_size=batch_size,
-            seed=seed,
-            alpha=alpha,
-            clients_per_domain=clients_per_domain,
-            unseen_clients_per_domain=unseen_clients_per_domain,
-            pretrain_clients_per_domain=pretrain_clients_per_domain,
-            client_size=client_size,
-            val_fraction=val_fraction,
-            test_fraction=test_fraction,
-            equal_domains=equal_domains,
-        )
+    def __init__(self, root: str | os.PathLike[str] | None = None, **options: Any) -> None:
+        super().__init__(**options)
         self.root = data_folder(root, "office_caltech10")
 
     def prepare_data(self) -> None:

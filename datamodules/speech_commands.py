@@ -9,6 +9,7 @@ import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from fedl2p.datamodules.base.domains import Samples
 from fedl2p.datamodules.base.partition import IntArray
 from fedl2p.datamodules.base.people import People, PeopleDataModule
+from fedl2p.datamodules.base.split import MIN_PERSON_SAMPLES, Split
 from fedl2p.datamodules.io.files import data_folder, download, missing_data, with_bar
 from fedl2p.datamodules.io.mfcc import CLIP_SECONDS, Clip, cached_mfcc, wave_seconds
 from fedl2p.errors import DataError
@@ -60,16 +62,9 @@ class SpeechCommandsDataModule(PeopleDataModule):
         root: The folder with the words; None is ``speech_commands_v2`` among the data sets.
         download: Fetch and unpack the archive where nothing is there.
         cache: Where MFCCs are kept; None is `root`, or where that cannot be written, the user's cache folder.
-        batch_size: Samples in a client's training batch, at least 1.
-        seed: Fixes who is unseen, who has which silence, and the roles. At least 0.
-        seen_clients: At least 1.
-        unseen_clients: From 0.
-        pretrain_clients: From 0; of the training speakers that come next.
-        min_samples: Speakers with fewer clips of the ten words and others take no part.
-        unknown_fraction: From 0.
-        silence_fraction: From 0.
-        val_fraction: Of what is not for testing.
-        test_fraction: Of a speaker's clips.
+        unknown_fraction: Clips of other words for each clip of the ten words, from 0.
+        silence_fraction: Clips of silence for each clip of the ten words, from 0.
+        **options: `batch_size`, and the words of `Split` in `split_keys`; `min_samples` counts clips of all words.
 
     Raises:
         DataError: If an argument is not as above. `prepare_data` and `setup` raise it when files are missing or broken.
@@ -80,6 +75,7 @@ class SpeechCommandsDataModule(PeopleDataModule):
     # Mean and deviation over the published test archive, so that inputs are of the order of 1.
     mean = (-10.4,)
     std = (53.8,)
+    split = Split(seen_clients=250, unseen_clients=50, largest_first=True)
 
     def __init__(
         self,
@@ -87,28 +83,11 @@ class SpeechCommandsDataModule(PeopleDataModule):
         *,
         download: bool = False,
         cache: str | os.PathLike[str] | None = None,
-        batch_size: int = 32,
-        seed: int = 0,
-        seen_clients: int = 250,
-        unseen_clients: int = 50,
-        pretrain_clients: int = 0,
-        min_samples: int = 10,
         unknown_fraction: float = 0.1,
         silence_fraction: float = 0.1,
-        val_fraction: float = 0.2,
-        test_fraction: float = 0.2,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            batch_size=batch_size,
-            seed=seed,
-            seen_clients=seen_clients,
-            unseen_clients=unseen_clients,
-            pretrain_clients=pretrain_clients,
-            min_samples=min_samples,
-            largest_first=True,
-            val_fraction=val_fraction,
-            test_fraction=test_fraction,
-        )
+        super().__init__(**options)
         for name, fraction in (("unknown_fraction", unknown_fraction), ("silence_fraction", silence_fraction)):
             if not 0 <= fraction < np.inf:
                 raise DataError(f"{name} is {fraction}; it must be a number from 0.")
@@ -150,7 +129,7 @@ class SpeechCommandsDataModule(PeopleDataModule):
 
     def complete(self, chosen: dict[str, Samples]) -> dict[str, Samples]:
         """Drops repeated clips, thins out other words, and deals silence."""
-        rng = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(2,)))
+        rng = self.rng(2)
         found: set[bytes] = set()
         spoken: dict[str, Samples] = {}
         words = []
@@ -165,7 +144,7 @@ class SpeechCommandsDataModule(PeopleDataModule):
         for (speaker, own), quiet in zip(spoken.items(), self._deal_silence(words, rng), strict=True):
             labels = np.concatenate([own.labels, np.full(len(quiet), _SILENCE)])
             result[speaker] = Samples([*own.keys, *quiet], labels)
-            if len(labels) < 3:
+            if len(labels) < MIN_PERSON_SAMPLES:
                 raise DataError(
                     f"Speaker {speaker!r} has {len(labels)} clips without repeats and most other words, fewer than one "
                     "a role; raise min_samples."
@@ -191,7 +170,7 @@ def _read_archive(root: Path) -> _Archive:
     clips: dict[str, list[tuple[Path, int]]] = {}
     silence: list[Clip] = []
     for folder in sorted(path for path in root.iterdir() if path.is_dir()):
-        files = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in _SUFFIXES]
+        files = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in _SUFFIXES and path.is_file()]
         if folder.name == _NOISE:
             silence += [Clip(path, float(at)) for path in files for at in range(int(wave_seconds(path) / CLIP_SECONDS))]
         elif folder.name == CLASSES[_SILENCE]:
@@ -205,7 +184,7 @@ def _read_archive(root: Path) -> _Archive:
     held_out = set()
     for name in _LISTS:
         if (root / name).is_file():
-            lines = (root / name).read_text().split()
+            lines = (root / name).read_text(encoding="utf-8", errors="replace").split()
             held_out |= {Path(line).name.partition("_nohash_")[0] for line in lines}
     return _Archive(clips, silence, frozenset(held_out))
 

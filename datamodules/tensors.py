@@ -12,13 +12,14 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from fedl2p.datamodules.base.arrays import ArrayDataset, Arrays
-from fedl2p.datamodules.base.federated import POOLS, ClientData, FederatedDataModule
+from fedl2p.datamodules.base.federated import ClientData, FederatedDataModule
 from fedl2p.datamodules.base.partition import IntArray, client_roles, stratified_roles
+from fedl2p.datamodules.base.split import Split
 from fedl2p.errors import DataError
+from fedl2p.pools import POOLS, ROLES
 
 COLUMNS = ("inputs", "labels", "client", "domain", "pool", "role")
 _REQUIRED = COLUMNS[:3]
-_ROLES = ("train", "val", "test")
 _CHUNK = 4096
 
 
@@ -43,20 +44,17 @@ class TensorsDataModule(FederatedDataModule):
         role: Of the sample, shape (n,); None splits each client's samples, with the same labels in each role.
         keys: Other names of columns in the file, such as ``{"inputs": "x", "client": "hospital"}``.
         num_classes: How many classes there are; None counts up to the largest label.
-        batch_size: Samples in a client's training batch, at least 1.
-        seed: Fixes pools and roles that no column gives. At least 0.
         mean: Taken off each channel.
         std: Each channel is divided by this.
-        unseen_fraction: Share of each domain's clients that are unseen, from 0, where no column says.
-        pretrain_fraction: Likewise for the pretrain pool; together below 1.
-        val_fraction: Share of a client's samples *that are not for testing* which goes to validation, in (0, 1), where
-            no column says.
-        test_fraction: Share of a client's samples for testing, in (0, 1).
+        **options: `batch_size`, and the words of `Split` in `split_keys`, for pools and roles that no column gives.
 
     Raises:
         DataError: If an argument is not as above. `setup` raises it when the file or a column is missing or of a wrong
             kind, lengths differ, an input is not finite, or a client has too few samples.
     """
+
+    split = Split(unseen_fraction=0.25)
+    split_keys = ("seed", "unseen_fraction", "pretrain_fraction", "val_fraction", "test_fraction")
 
     def __init__(
         self,
@@ -70,16 +68,11 @@ class TensorsDataModule(FederatedDataModule):
         role: ArrayLike | Tensor | None = None,
         keys: Mapping[str, str] | None = None,
         num_classes: int | None = None,
-        batch_size: int = 32,
-        seed: int = 0,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
-        unseen_fraction: float = 0.25,
-        pretrain_fraction: float = 0.0,
-        val_fraction: float = 0.2,
-        test_fraction: float = 0.2,
+        **options: Any,
     ) -> None:
-        super().__init__(batch_size=batch_size, seed=seed)
+        super().__init__(**options)
         given = (inputs, labels, client, domain, pool, role)
         self.columns = {name: column for name, column in zip(COLUMNS, given, strict=True) if column is not None}
         self.path = None if path is None else Path(path).expanduser()
@@ -93,11 +86,6 @@ class TensorsDataModule(FederatedDataModule):
             raise DataError(f"num_classes is {num_classes}; it must be at least 1.")
         self._wanted_classes = num_classes
         self.mean, self.std = mean, std
-        self.unseen_fraction = unseen_fraction
-        self.pretrain_fraction = pretrain_fraction
-        self.val_fraction = val_fraction
-        self.test_fraction = test_fraction
-        self._check_fractions()
 
     def prepare_data(self) -> None:
         """Looks for the file.
@@ -136,7 +124,7 @@ class TensorsDataModule(FederatedDataModule):
         for number, name in enumerate(names):
             rows = np.flatnonzero(owner == number)
             roles = self._roles(rows, str(name), number)
-            sets = {role: ArrayDataset(arrays, own) for role, own in zip(_ROLES, roles, strict=True)}
+            sets = {role: ArrayDataset(arrays, own) for role, own in zip(ROLES, roles, strict=True)}
             yield ClientData(
                 name=str(name),
                 pool=pools[number],
@@ -149,8 +137,9 @@ class TensorsDataModule(FederatedDataModule):
         """Each client's pool: as the column says, or by the fractions, in each domain alike."""
         if "pool" in self._table:
             return [str(pool) for pool in _of_clients("pool", self._table["pool"], owner, names)]
+        split = self.split
         kinds = np.unique(domains, return_inverse=True)[1].astype(np.int64)
-        pretrain, unseen = stratified_roles(kinds, (self.pretrain_fraction, self.unseen_fraction), self._rng(0))
+        pretrain, unseen = stratified_roles(kinds, (split.pretrain_fraction, split.unseen_fraction), self.rng(0))
         pools = ["seen"] * len(names)
         for pool, members in (("pretrain", pretrain), ("unseen", unseen)):
             for member in members:
@@ -161,10 +150,10 @@ class TensorsDataModule(FederatedDataModule):
         """A client's rows by role."""
         if "role" in self._table:
             own = self._table["role"][rows]
-            return [rows[own == role] for role in _ROLES]
-        val = self.val_fraction * (1 - self.test_fraction)
+            return [rows[own == role] for role in ROLES]
+        labels, split = self._table["labels"][rows], self.split
         try:
-            parts = client_roles(self._table["labels"][rows], val, self.test_fraction, self._rng(1, number))
+            parts = client_roles(labels, split.val_share, split.test_fraction, self.rng(1, number))
         except DataError as error:
             raise DataError(f"Client {name!r}: {error}") from error
         return [rows[part] for part in parts]
@@ -178,7 +167,7 @@ class TensorsDataModule(FederatedDataModule):
         inputs = torch.as_tensor(columns["inputs"])
         table: dict[str, Any] = {"inputs": inputs, "labels": _whole("labels", columns["labels"])}
         table |= {name: _text(name, columns[name]) for name in ("client", "domain") if name in columns}
-        for name, allowed in (("pool", POOLS), ("role", _ROLES)):
+        for name, allowed in (("pool", POOLS), ("role", ROLES)):
             if name in columns:
                 table[name] = _named(name, columns[name], allowed)
         for name, column in table.items():
@@ -186,20 +175,6 @@ class TensorsDataModule(FederatedDataModule):
                 raise DataError(f"There are {len(inputs)} inputs, but {len(column)} values in the column {name!r}.")
         _check_inputs(inputs, table["client"])
         return table
-
-    def _rng(self, *key: int) -> np.random.Generator:
-        return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=key))
-
-    def _check_fractions(self) -> None:
-        unseen, pretrain = self.unseen_fraction, self.pretrain_fraction
-        if not (unseen >= 0 and pretrain >= 0 and unseen + pretrain < 1):
-            raise DataError(
-                f"unseen_fraction is {unseen} and pretrain_fraction {pretrain}; they must be from 0 and together "
-                "below 1."
-            )
-        for name in ("val_fraction", "test_fraction"):
-            if not 0 < getattr(self, name) < 1:
-                raise DataError(f"{name} is {getattr(self, name)}; it must be above 0 and below 1.")
 
 
 def _read(path: Path, keys: Mapping[str, str]) -> dict[str, Any]:
@@ -308,7 +283,9 @@ def _check_inputs(inputs: Tensor, clients: NDArray[Any]) -> None:
     if inputs.dtype == torch.uint8:
         return
     for start in range(0, len(inputs), _CHUNK):
-        finite = inputs[start : start + _CHUNK].flatten(1).isfinite().all(dim=1)
+        finite = inputs[start : start + _CHUNK].to(torch.float32).flatten(1).isfinite().all(dim=1)
         if not finite.all():
             row = start + int((~finite).nonzero()[0])
-            raise DataError(f"Sample {row}, of client {str(clients[row])!r}, has inputs that are not finite.")
+            raise DataError(
+                f"Sample {row}, of client {str(clients[row])!r}, has inputs that are not finite in float32."
+            )

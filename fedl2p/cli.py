@@ -1,15 +1,19 @@
 """The command line. Everything heavy is imported after the arguments and the configuration are known to be right."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from fedl2p import __version__
 from fedl2p.errors import ConfigError, FedL2PError, RunFolderError
+from fedl2p.signals import INTERRUPTED, stop_signals
 
 if TYPE_CHECKING:
-    from fedl2p.experiment.config import Config
+    from fedl2p.experiment.schema import Config
 
 RUN_HELP = """\
 Runs the whole main job: theta_g by FedAvg on the pretrain pool, the fine-tuning baselines with tuned learning rates,
@@ -17,10 +21,14 @@ the rounds of FedL2P, L2P, and the test of every method on seen and unseen clien
 
 The configuration is read from left to right, and later ones win:
 
-  fedl2p run configs/digits.yaml
+  fedl2p run digits                         a configuration that comes with fedl2p; `fedl2p configs` lists them
+  fedl2p run configs/digits.yaml            or a file
   fedl2p run configs/digits.yaml seed=7 output_dir=runs/seven federation.rounds=20
   fedl2p run configs/digits.yaml mine.yaml data.class_path=my_package.MyData 'data.init_args={path: /data}'
   fedl2p run configs/digits.yaml output_dir=runs/seven seed=7 --resume
+  fedl2p run configs/digits.yaml --dry-run
+
+An interrupted run goes on with --resume; a finished one does if federation.rounds has grown, and nothing else.
 """
 
 DATA_HELP = """\
@@ -30,6 +38,7 @@ labels, domains and pools, and all of it in one picture. Nothing is trained.
   fedl2p data configs/digits.yaml
   fedl2p data configs/cifar10.yaml seed=7 data.init_args.alpha=0.5 --picture alpha.png
 """
+
 
 REPORT_HELP = """\
 Writes report.html, one page that needs nothing else, into the folder of the first run, and its figures as SVG and PDF
@@ -48,6 +57,13 @@ Prints beta and eta of chosen clients, layer by layer.
   fedl2p inspect runs/seven --domain blur --format csv > blur.csv
 """
 
+KEYS_HELP = """\
+Prints the keys of a configuration with their types, defaults and meanings.
+
+  fedl2p keys
+  fedl2p keys federation
+"""
+
 
 def make_parser() -> argparse.ArgumentParser:
     """The commands and their options."""
@@ -63,16 +79,28 @@ def make_parser() -> argparse.ArgumentParser:
         command: argparse.ArgumentParser = commands.add_parser(
             name, help=help, description=description, formatter_class=plain
         )
-        command.add_argument(
-            "config", nargs="+", metavar="CONFIG|key=value", help="YAML files and overrides, later ones win"
-        )
         return command
 
+    def add_config(command: argparse.ArgumentParser) -> None:
+        command.add_argument(
+            "config",
+            nargs="+",
+            metavar="CONFIG|key=value",
+            help="YAML files, names of configurations that come with fedl2p, and overrides; later ones win",
+        )
+
     run = add_command("run", help="run an experiment from a configuration file", description=RUN_HELP)
-    run.add_argument("--resume", action="store_true", help="go on with the interrupted run in output_dir")
+    add_config(run)
+    run.add_argument("--resume", action="store_true", help="go on with the run in output_dir, or give it more rounds")
+    run.add_argument("--dry-run", action="store_true", help="estimate steps, time and memory; nothing is written")
     data = add_command("data", help="show how a configuration divides its data among clients", description=DATA_HELP)
+    add_config(data)
     data.add_argument("--all", action="store_true", help="list every client, not only the first of each pool")
     data.add_argument("--picture", metavar="FILE", help="where the PNG goes; beside the run's folder by default")
+    names = "list the configurations that come with fedl2p"
+    add_command("configs", help=names, description=f"{names[0].upper()}{names[1:]}: what each runs, and how long.")
+    keys = add_command("keys", help="list the keys of a configuration", description=KEYS_HELP)
+    keys.add_argument("prefix", nargs="?", default="", metavar="PREFIX", help="only keys that begin with it")
     _add_reading_commands(commands)
     return parser
 
@@ -102,45 +130,66 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: of the command line, without the program's name; None takes them from the process.
 
     Returns:
-        0, 1 after an error while running, 2 after an error in what was asked, 130 after an interruption.
+        0, 1 after an error while running, 2 after an error in what was asked, 130 after an interruption (by Ctrl-C or
+        SIGTERM).
     """
-    options = make_parser().parse_args(arguments)
-    from fedl2p.experiment.config import load_config
+    folder: str | None = None  # of the run
+    with stop_signals() as signals:
+        try:
+            options = make_parser().parse_args(arguments)
+            if os.getcwd() not in sys.path:
+                sys.path.append(os.getcwd())  # `data.class_path=mine.MyData` finds mine.py here, as with `python -m`
+            from fedl2p.experiment.config import load_config
 
-    try:
-        if options.command == "report":
-            return report(options.runs)
-        if options.command == "inspect":
-            return inspect(options)
-        config = load_config(options.config)
-        if options.command == "data":
-            return data(config, picture=options.picture, all_clients=options.all)
-        return run(config, resume=options.resume)
-    except (ConfigError, RunFolderError) as error:
-        return _complain(error, 2)
-    except FedL2PError as error:
-        return _complain(error, 1)
-    except KeyboardInterrupt:
-        more = "; add --resume and the same output_dir to go on" if options.command == "run" else ""
-        print(f"\nInterrupted{more}.", file=sys.stderr)
-        return 130
+            if options.command == "configs":
+                return configs()
+            if options.command == "keys":
+                return keys(options.prefix)
+            if options.command == "report":
+                return report(options.runs)
+            if options.command == "inspect":
+                return inspect(options)
+            config = load_config(options.config)
+            if options.command == "data":
+                return data(config, picture=options.picture, all_clients=options.all)
+            if options.dry_run:
+                return dry_run(config, resume=options.resume)
+            folder = config.output_dir
+            return run(config, resume=options.resume)
+        except BaseException as error:
+            if signals.received or isinstance(error, KeyboardInterrupt):
+                return _interrupted(folder)  # whatever has become of the interruption on its way here
+            if isinstance(error, ConfigError | RunFolderError):
+                return _complain(error, 2)
+            if isinstance(error, FedL2PError):
+                return _complain(error, 1)
+            raise
 
 
 def run(config: "Config", *, resume: bool = False) -> int:
     """`fedl2p run`."""
     print("Loading ...", file=sys.stderr)
-    from fedl2p.experiment.run import run_and_report
+    from fedl2p.experiment.run import run as run_experiment
 
-    run_and_report(config, resume=resume)
+    run_experiment(config, resume=resume)
+    return 0
+
+
+def dry_run(config: "Config", *, resume: bool = False) -> int:
+    """`fedl2p run --dry-run`."""
+    print("Loading ...", file=sys.stderr)
+    from fedl2p.experiment.dry_run import dry_run as estimate
+
+    estimate(config, resume=resume)
     return 0
 
 
 def data(config: "Config", *, picture: str | None = None, all_clients: bool = False) -> int:
     """`fedl2p data`."""
     print("Loading ...", file=sys.stderr)
-    from fedl2p.experiment.inspect_data import show_split
+    from fedl2p.experiment.inspect_data import inspect_data
 
-    show_split(config, picture=picture, all_clients=all_clients)
+    inspect_data(config, picture=picture, all_clients=all_clients)
     return 0
 
 
@@ -168,9 +217,42 @@ def inspect(options: argparse.Namespace) -> int:
     return 0
 
 
+def configs() -> int:
+    """`fedl2p configs`."""
+    from fedl2p.experiment.shipped_configs import shipped_configs
+
+    for config in shipped_configs():
+        print(f"{config.name}\n{_indented(config.what)}\n{_indented(f'Time: {config.time}')}\n")
+    return 0
+
+
+def keys(prefix: str) -> int:
+    """`fedl2p keys`."""
+    from fedl2p.experiment.keys import configuration_keys
+
+    for key in configuration_keys(prefix):
+        default = "no default" if key.default is None else f"default {key.default}"
+        print(f"{key.name} ({key.type}; {default})\n{_indented(key.meaning)}")
+    return 0
+
+
+def _indented(text: str) -> str:
+    return fill(text, width=100, initial_indent="    ", subsequent_indent="    ")
+
+
 def _complain(error: Exception, code: int) -> int:
     print(f"fedl2p: {' '.join(str(error).split())}", file=sys.stderr)
     return code
+
+
+def _interrupted(folder: str | None) -> int:
+    text = "Interrupted."
+    if folder is not None and (Path(folder) / "config.yaml").is_file():
+        text = f"Interrupted; the same command with output_dir={folder} and --resume goes on with the run in {folder}."
+    elif folder is not None:
+        text = f"Interrupted; nothing was written to {folder}."
+    print(f"\nfedl2p: {text}", file=sys.stderr)
+    return INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -1,113 +1,66 @@
 """A client as a LightningModule: `Trainer.fit` learns the nets on its data, `Trainer.test` personalizes and tests.
 
-Both are thin around the pure functions of `meta_step`, so the same numbers come out with a plain Trainer, inside a
+Thin around the `Learner`, which a federation uses too, so the same numbers come out with a plain Trainer, inside a
 Flower app, or in a cohort.
 """
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
-from itertools import islice
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from fedl2p.core.batchnorm import MixedBatchNorm, convert_batchnorm
-from fedl2p.core.distributed import common_seed, own_part
-from fedl2p.core.finetune import (
-    CompiledStep,
-    EvaluationStatistics,
-    InnerState,
-    RunningStart,
-    initial_running,
-    trained_names,
-)
-from fedl2p.core.functional import Batch, FunctionalModel, LossFunction
-from fedl2p.core.hypergradients import HypergradientEstimator, Unrolled
+from fedl2p.core.episode import Episode, make_episode
+from fedl2p.core.finetune import evaluate, predict
+from fedl2p.core.functional import Batch, FunctionalModel, InnerState, LossFunction, batch_size
+from fedl2p.core.hypergradients import HypergradientEstimator
+from fedl2p.core.learner import Learner
 from fedl2p.core.meta_nets import Hyperparameters, MetaNets
-from fedl2p.core.meta_step import (
-    META_LR,
-    ClientInputs,
-    MetaStep,
-    evaluate,
-    meta_optimizer,
-    meta_step,
-    moved_names,
-    personalize,
-)
+from fedl2p.core.meta_step import MetaStep, meta_optimizer
+from fedl2p.core.settings import BatchNormMode, LearnerSettings
+from fedl2p.core.sharded import ShardedModel
 from fedl2p.core.statistics import ClientStatistics, collect_statistics
-from fedl2p.errors import ConfigError, DataError
+from fedl2p.trainer_data import TrainerData
 
 Recipe = Callable[[ClientStatistics], Hyperparameters]
-Limit = int | float | None
-
-
-def limited(loader: Iterable[Batch], limit: Limit = None) -> list[Batch]:
-    """One pass over a loader, cut as Lightning's `limit_*_batches` cut it.
-
-    Args:
-        loader: of (inputs, targets).
-        limit: None or 1.0 for all batches, an int for so many, a fraction below 1 for that part of them.
-    """
-    if limit is None or (isinstance(limit, float) and limit == 1.0):
-        return list(loader)
-    count = limit if isinstance(limit, int) else int(len(cast(Any, loader)) * limit)
-    return list(islice(loader, count))
-
-
-def inner_batches(loader: Iterable[Batch], epochs: int, limit: Limit = None) -> list[Batch]:
-    """The batches of the inner loop, one a step: e passes over the training loader, which shuffles each time."""
-    return [batch for _ in range(epochs) for batch in limited(loader, limit)]
-
-
-class _UnlimitedEpochs(L.Callback):
-    """K iterations may need several passes over the loader, so epochs must not end a fit.
-
-    A callback, since Lightning tells a module nothing of an error.
-    """
-
-    def __init__(self) -> None:
-        self._before: tuple[int | None] | None = None
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # its mixin has it
-            self._before = (trainer.fit_loop.max_epochs,)
-            trainer.fit_loop.max_epochs = -1
-
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._restore(trainer)
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self._restore(trainer)
-
-    def _restore(self, trainer: L.Trainer) -> None:
-        if self._before is not None:
-            (trainer.fit_loop.max_epochs,), self._before = self._before, None
+"""Chooses a client's hyperparameters from its statistics."""
 
 
 class FedL2PClient(L.LightningModule):
-    """One client of Algorithm 1.
+    """One client of Algorithm 1, for any Trainer and any DataModule or loaders.
 
-    `Trainer.fit(client, datamodule=...)` runs K meta iterations with manual optimization. A meta iteration is one
-    training step of Lightning; the batches that the Trainer hands over only give the beat, since an iteration makes
-    `finetune_epochs` passes of its own over the training data. `Trainer.test(client, datamodule=...)` (and `validate`)
-    fine-tunes on the training data first and then measures.
+    `Trainer.fit(client, datamodule=...)` runs K meta iterations (`meta_iterations`) with manual optimization, whatever
+    `max_epochs` is; a fit that goes on from a checkpoint (`ckpt_path`) runs those that are left. A meta iteration
+    is one training step of Lightning on one `Episode`. Loaders that give ordinary batches (inputs, targets) only give
+    the beat: the client makes the episode itself, by `finetune_epochs` passes over the training loader and one over the
+    validation loader. Loaders of episodes are taken as they are; one of a cohort (`fedl2p.core.cohort.stack`) gives
+    the nets the mean of its clients' gradients.
 
-    Any LightningDataModule with train and val (or test) loaders of (inputs, targets) will do. Where it has a
+    `Trainer.test` (and `validate` and `predict`) fine-tunes on the training data first, then measures or predicts. It
+    needs the training data: a DataModule, or the loaders of a fit before.
+
+    Inputs are a tensor, a tuple of tensors or a dict of them (a Hugging Face batch, say). Where a DataModule has a
     `statistics_dataloader`, the training data without augmentation, statistics are collected from that.
+
+    Over several devices (`Trainer(devices=2, strategy="ddp")`) the processes share each batch. They must then see the
+    same batches in the same order: pass a DataModule whose loaders shuffle by torch's generator, if at all; the client
+    seeds it alike everywhere. Set `use_distributed_sampler=False`, so that the Trainer does not divide test data too.
 
     Attributes:
         model: theta_g, converted, frozen.
         meta_nets: lambda, what is trained.
+        learner: what computes.
+        settings: how the client learns.
         statistics: the client's, once they are collected.
         hyperparameters: the recipe last used.
-        personalized: the fine-tuned state, after a test or validation.
+        personalized: the fine-tuned state, after a test, validation or prediction.
+        val_losses: the validation loss of each meta iteration.
         skipped_steps: meta iterations that were not finite and changed nothing.
     """
 
@@ -115,125 +68,107 @@ class FedL2PClient(L.LightningModule):
         self,
         model: nn.Module,
         *,
-        num_classes: int,
+        num_classes: int | None = None,
+        settings: LearnerSettings | None = None,
         meta_nets: MetaNets | None = None,
         base_lr: float = 1e-2,
         recipe: Recipe | None = None,
         estimator: HypergradientEstimator | None = None,
-        meta_iterations: int = 3,
-        finetune_epochs: int = 15,
-        meta_lr: dict[str, float] | None = None,
-        clip_value: float = 1.0,
-        running_start: RunningStart = "measured",
-        evaluation_statistics: EvaluationStatistics = "running",
         loss_fn: LossFunction = nn.functional.cross_entropy,
         val_loss_fn: LossFunction | None = None,
+        metrics: Mapping[str, Metric] | None = None,
         statistics: ClientStatistics | None = None,
-        compiled: CompiledStep | None = None,
+        compile: bool = False,
+        **options: Any,
     ) -> None:
         """Sets a client up.
 
         Args:
             model: theta_g: any module; batch norms are converted (in a copy) unless they already are.
-            num_classes: of the classification task, for the accuracy.
+            num_classes: of a classification task, whose accuracy is then measured (`val_acc`, `test_acc`).
+            settings: how the client learns; None is `LearnerSettings()`.
             meta_nets: lambda to start from; None makes new nets that fit `model`.
-            base_lr: initial eta~ of new nets.
+            base_lr: initial learning rate of every tensor (eta~) in new nets.
             recipe: chooses the hyperparameters in testing; None asks the nets.
             estimator: of the hypergradient; None is `Unrolled()`, which descends (docs/hypergradients.md).
-            meta_iterations: K, at least 1.
-            finetune_epochs: e, at least 0.
-            meta_lr: zeta for `bn_net`, `lr_net` and `base_lr`; None is `META_LR`.
-            clip_value: the hypergradient is clipped to [-clip_value, clip_value] entry by entry.
-            running_start: see `initial_running`.
-            evaluation_statistics: what the validation and test losses are taken with: the client's `running`
-                statistics, or those of the whole set as one `batch`.
-            loss_fn: (outputs, targets) -> mean loss, what fine-tuning lowers.
-            val_loss_fn: what the nets lower; None is `loss_fn`. See `expected_error`.
+            loss_fn: (outputs, targets) -> mean loss over the samples, what fine-tuning lowers.
+            val_loss_fn: likewise, what the nets lower; None is `loss_fn`. See `expected_error`.
+            metrics: more metrics by name, updated with (outputs, targets), logged as `val_<name>` and `test_<name>`.
             statistics: of this client, if they were collected before.
-            compiled: runs the inner steps; clients of equal shapes can have one together. None compiles nothing.
+            compile: whether inner steps are compiled, see `CompiledSteps`.
+            **options: single settings by name (`finetune_epochs=5`), which win over `settings`.
 
         Raises:
-            ConfigError: a value outside those.
+            ConfigError: an unknown or impossible setting.
             ModelError: the model cannot be converted.
         """
         super().__init__()
-        if meta_iterations < 1 or finetune_epochs < 0 or clip_value <= 0:
-            raise ConfigError(
-                f"meta_iterations is {meta_iterations}, finetune_epochs {finetune_epochs} and clip_value {clip_value}; "
-                "allowed are at least 1, at least 0, and above 0."
-            )
-        if evaluation_statistics not in ("running", "batch"):
-            raise ConfigError(f"evaluation_statistics is '{evaluation_statistics}'; allowed are 'running' and 'batch'.")
+        settings = LearnerSettings.of(**((settings or LearnerSettings()).as_dict() | options))
+        self.save_hyperparameters({"num_classes": num_classes, "base_lr": base_lr, **settings.as_dict()})
         self.automatic_optimization = False
         converted = any(isinstance(module, MixedBatchNorm) for module in model.modules())
         self.model = (model if converted else convert_batchnorm(model)).requires_grad_(False)
         self.meta_nets = meta_nets if meta_nets is not None else MetaNets(self.model, base_lr=base_lr)
         functional = FunctionalModel.of(self.model, loss_fn, val_loss_fn)
-        self.functional = replace(functional, compiled=compiled, alone=True)
+        self.learner = Learner(functional, self.meta_nets, estimator=estimator, settings=settings, compile=compile)
+        self.settings = settings
         self.recipe = recipe
-        self.estimator = estimator if estimator is not None else Unrolled()
-        self.meta_iterations = meta_iterations
-        self.finetune_epochs = finetune_epochs
-        self.meta_lr = dict(META_LR if meta_lr is None else meta_lr)
-        self.clip_value = clip_value
-        self.running_start = running_start
-        self.evaluation_statistics: EvaluationStatistics = evaluation_statistics
         self.statistics = statistics
         self.hyperparameters: Hyperparameters | None = None
         self.personalized: InnerState | None = None
-        self.skipped_steps = 0
         self.val_losses: list[float] = []
-        self.metrics = nn.ModuleDict(
-            {
-                f"{stage}_{name}": metric
-                for stage in ("val", "test")
-                for name, metric in (("loss", MeanMetric()), ("acc", MulticlassAccuracy(num_classes, average="micro")))
-            }
-        )
+        self.skipped_steps = 0
+        self.metrics = _stage_metrics(dict(metrics or {}), num_classes)
         self._held: list[Batch] = []
-        # One loader through a fit, so that each iteration shuffles anew.
-        self._train_loader: Iterable[Batch] | None = None
+        self._data = TrainerData()
+        self._resumed = self._fitted = False
+
+    def forward(self, inputs: Any) -> Any:
+        """The outputs of the personalized model in evaluation mode; of the global model where there is none yet.
+
+        Args:
+            inputs: a batch's, as the model takes them.
+        """
+        model = self.learner.model
+        if self.personalized is None or self.hyperparameters is None:
+            beta = self.meta_nets.base_lr.new_zeros(len(model.batchnorm_names))
+            return predict(model, InnerState(*model.tensors()), beta, inputs)
+        mode = self.settings.evaluation_statistics
+        return predict(model, self.personalized, self.hyperparameters.beta, inputs, bn_mode=mode)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """SGD in three parameter groups, see `meta_optimizer`."""
-        return meta_optimizer(dict(self.meta_nets.named_parameters()), self.meta_lr)
+        return meta_optimizer(dict(self.meta_nets.named_parameters()), self.settings.meta_lr)
 
     def configure_callbacks(self) -> list[L.Callback]:
         """One that lets a fit last for K iterations."""
-        return [_UnlimitedEpochs()]
+        return [_MetaIterations()]
 
     def setup(self, stage: str) -> None:
-        """Prepares the training data too where Lightning asks for validation or testing only."""
-        datamodule = getattr(self.trainer, "datamodule", None)
-        if stage in ("validate", "test") and datamodule is not None:
-            datamodule.setup("fit")
-        self._train_loader = None
-        self.functional = replace(self.functional, group=self._processes())
+        """Prepares the data, and the processes that share them."""
+        self._data.start(self.trainer, stage)
+        model = FunctionalModel.of(self.model, self.learner.model.loss_fn, self.learner.model.val_loss_fn)
+        group = self._data.group
+        self.learner.model = model if group is None else ShardedModel.sharing(model, group)
 
-    def _processes(self) -> Any:
-        """Those that share this client's batches; None where there is one."""
-        if self.trainer.world_size == 1:
-            return None
-        if not isinstance(self.trainer.strategy, DDPStrategy):
-            raise ConfigError(
-                f"The strategy is {type(self.trainer.strategy).__name__}; over several devices a client needs 'ddp'."
-            )
-        if getattr(self.trainer, "datamodule", None) is None:
-            raise DataError(
-                "Over several devices the client needs a DataModule (datamodule=...), since the Trainer has already "
-                "divided the loaders that it was given."
-            )
-        return torch.distributed.group.WORLD
+    # Learning
 
     def on_fit_start(self) -> None:
-        """Starts to count."""
-        self.val_losses, self.skipped_steps = [], 0
+        """Starts to count, unless the fit goes on from a checkpoint."""
+        if not self._resumed:
+            self.val_losses, self.skipped_steps = [], 0
+        self._resumed = False
+
+    def on_train_start(self) -> None:
+        """Keeps the loaders, so that a test after this fit needs no others."""
+        self._data.remember(self.trainer)
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """One meta iteration: recipe, fine-tuning, hypergradient, step of the nets (lines 9 and 10 of Algorithm 1)."""
-        optimizer = self.optimizers()
+        episode = batch if isinstance(batch, Episode) else self._make_episode()
+        optimizer = cast(torch.optim.Optimizer, self.optimizers())
         parameters = dict(self.meta_nets.named_parameters())
-        step = self.meta_gradient({name: p.detach() for name, p in parameters.items()})
+        step = self._meta_step({name: p.detach() for name, p in parameters.items()}, episode)
         self.val_losses.append(float(step.val_loss))
         self.hyperparameters = step.hyperparameters
         if bool(step.finite):
@@ -242,51 +177,48 @@ class FedL2PClient(L.LightningModule):
             for name, parameter in parameters.items():
                 gradient = step.gradients[name]
                 parameter.grad = gradient if scaler is None else scaler.scale(gradient)
-            cast(torch.optim.Optimizer, optimizer).step()
+            optimizer.step()
         else:
             self.skipped_steps += 1
         self.log("meta_val_loss", step.val_loss, prog_bar=True, batch_size=1)
         self.log("skipped_steps", float(self.skipped_steps), batch_size=1)
+        self.log("step", float(len(self.val_losses)), batch_size=1)  # loggers count iterations, skipped ones too
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Ends the fit after K iterations."""
-        if len(self.val_losses) >= self.meta_iterations:
-            self.trainer.should_stop = True
+    def _meta_step(self, lambda_: dict[str, Tensor], episode: Episode) -> MetaStep:
+        """A client's meta iteration; of a cohort, the mean over those of its clients that are finite."""
+        self._fit_learner(episode)
+        clients = episode.cohort_size
+        if clients is None:
+            return self.learner.meta_step(lambda_, episode)
+        stacked = {name: tensor.expand(clients, *tensor.shape) for name, tensor in lambda_.items()}
+        each = self.learner.meta_step(stacked, episode)
+        count = each.finite.sum().clamp(min=1)
+        return MetaStep(
+            gradients={name: gradient.sum(0) / count for name, gradient in each.gradients.items()},
+            val_loss=each.val_loss[each.finite].mean() if each.finite.any() else each.val_loss.mean(),
+            finite=each.finite.any(),
+            hyperparameters=Hyperparameters(*(tensor.mean(0) for tensor in each.hyperparameters)),
+        )
 
-    def meta_gradient(self, lambda_: dict[str, Tensor]) -> MetaStep:
-        """The hypergradient of `lambda_` on this client's data, see `meta_step`."""
-        statistics = self._collect()
-        if self._train_loader is None:
-            self._train_loader = self._loader("train")
-        client = ClientInputs(
-            net_inputs=cast(Any, tuple(t.to(self.meta_nets.base_lr) for t in statistics.net_inputs())),
-            running=self._running(statistics),
-            train_batches=self._train_batches(self._train_loader),
-            val_batches=self._val_batches(),
-        )
-        origin = InnerState(*self.functional.tensors())
-        return meta_step(
-            self.functional,
-            self.meta_nets,
-            self.estimator,
-            origin,
-            lambda_,
-            client,
-            clip_value=self.clip_value,
-            statistics=self.evaluation_statistics,
-            trained=moved_names(self.functional, self.meta_nets, lambda_, client.net_inputs),
-        )
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds how far the fit has come."""
+        checkpoint["meta_iterations"] = {"val_losses": list(self.val_losses), "skipped_steps": self.skipped_steps}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Goes on where the checkpoint's fit stood."""
+        done = checkpoint.get("meta_iterations", {"val_losses": [], "skipped_steps": 0})
+        self.val_losses, self.skipped_steps = list(done["val_losses"]), done["skipped_steps"]
+        self._resumed = True
+
+    # Personalization
 
     def personalize(self) -> InnerState:
-        """Statistics, hyperparameters, fine-tuning: the personalized state, which testing then uses."""
+        """Statistics, hyperparameters, fine-tuning: the personalized state, which testing and `forward` then use."""
+        episode = self._make_episode(val=False, fresh=True)
         statistics = self._collect()
-        chosen = self.meta_nets.recipe(statistics) if self.recipe is None else self.recipe(statistics)
-        parameters, buffers = self.functional.tensors()
-        start = InnerState(parameters, {**buffers, **self._running(statistics)})
-        trained = trained_names(self.functional, chosen.eta)
-        self.hyperparameters = chosen
-        batches = self._train_batches(self._loader("train"))
-        self.personalized = personalize(self.functional, start, batches, chosen, trained).final
+        self.hyperparameters = self.meta_nets.recipe(statistics) if self.recipe is None else self.recipe(statistics)
+        self._fit_learner(episode)
+        self.personalized = self.learner.personalize(episode, self.hyperparameters)
         return self.personalized
 
     def on_validation_epoch_start(self) -> None:
@@ -297,6 +229,11 @@ class FedL2PClient(L.LightningModule):
         """Personalizes first."""
         self._start_evaluation()
 
+    def on_predict_epoch_start(self) -> None:
+        """Personalizes first, unless that was done."""
+        if self.personalized is None:
+            self._start_evaluation()
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Measures the personalized model on a validation batch."""
         self._measure([batch], "val")
@@ -304,6 +241,10 @@ class FedL2PClient(L.LightningModule):
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Measures the personalized model on a test batch."""
         self._measure([batch], "test")
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        """The personalized model's outputs for a batch: inputs with targets, or inputs alone."""
+        return self(batch[0] if isinstance(batch, tuple | list) else batch)
 
     def on_validation_epoch_end(self) -> None:
         """Measures what had to wait for the whole set."""
@@ -321,81 +262,99 @@ class FedL2PClient(L.LightningModule):
             self.personalize()
 
     def _measure(self, batches: list[Batch], stage: str, *, whole_set: bool = False) -> None:
-        if self.evaluation_statistics == "batch" and not whole_set:
+        mode = self.settings.evaluation_statistics
+        if mode is BatchNormMode.batch and not whole_set:
             self._held += batches
             return
-        if self.personalized is None:
+        if self.personalized is None or self.hyperparameters is None:
             return
-        assert self.hyperparameters is not None
-        outputs, loss, _ = evaluate(
-            self.functional,
-            self.personalized,
-            self.hyperparameters.beta,
-            batches,
-            statistics=self.evaluation_statistics,
-        )
-        targets = torch.cat([y for _, y in batches])
-        values: dict[str, tuple[Any, ...]] = {"loss": (loss, len(targets)), "acc": (outputs, targets)}
-        for name, arguments in values.items():
-            metric = cast(Metric, self.metrics[f"{stage}_{name}"])
-            metric.update(*arguments)
-            self.log(f"{stage}_{name}", metric, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(targets))
+        beta = self.hyperparameters.beta
+        outputs, loss, _ = evaluate(self.learner.model, self.personalized, beta, batches, bn_mode=mode)
+        targets = torch.cat([y for _, y in batches]) if len(batches) > 1 else batches[0][1]
+        count = batch_size(targets)
+        for name, metric in self.metrics.items():
+            if name.startswith(stage):
+                measured = cast(Metric, metric)
+                measured.update(*((loss, count) if name == f"{stage}_loss" else (outputs, targets)))
+                self.log(name, measured, on_step=False, on_epoch=True, prog_bar=True, batch_size=count)
 
     def _measure_held(self, stage: str) -> None:
         if self._held:
             held, self._held = self._held, []
             self._measure(held, stage, whole_set=True)
 
+    def _make_episode(self, *, val: bool = True, fresh: bool = False) -> Episode:
+        """From the Trainer's data; `val`: with the validation data, `fresh`: see `TrainerData.train`."""
+        statistics = self._collect()
+        train = self._data.train(self.trainer, self.settings.finetune_epochs, fresh=fresh)
+        val_batches = self._data.val(self.trainer) if val else []
+        start = self.settings.running_start
+        episode = make_episode(self.learner.model, statistics, train, val_batches, running_start=start)
+        xi, moments, count = (tensor.to(self.meta_nets.base_lr) for tensor in episode.net_inputs)
+        return episode._replace(net_inputs=(xi, moments, count))
+
     def _collect(self) -> ClientStatistics:
         if self.statistics is None:
-            datamodule = getattr(self.trainer, "datamodule", None)
-            loader = getattr(datamodule, "statistics_dataloader", None)
-            data = loader() if loader is not None else self._loader("train")
-            self.statistics = collect_statistics(self.model, self._to_device(list(data)))
+            self.statistics = collect_statistics(self.model, self._data.statistics(self.trainer))
         return self.statistics
 
-    def _running(self, statistics: ClientStatistics) -> dict[str, Tensor]:
-        return initial_running(self.functional, self.functional.tensors()[1], statistics, start=self.running_start)
+    def _fit_learner(self, episode: Episode) -> None:
+        """Takes theta_g from where the Trainer has moved it, and once the kernels that suit the size of the batches."""
+        self.learner.origin = InnerState(*self.learner.model.tensors())
+        if not self._fitted and episode.cohort_size is None and self._data.group is None and episode.train_batches:
+            self.learner.fit_to(episode.train_batches[0][0])
+            self._fitted = True
 
-    def _train_batches(self, loader: Iterable[Batch]) -> list[Batch]:
-        with self._equal_order():
-            batches = inner_batches(loader, self.finetune_epochs, self.trainer.limit_train_batches)
-        return self._to_device(self._own(batches))
 
-    def _val_batches(self) -> list[Batch]:
-        return self._to_device(self._own(limited(self._loader("val"), self.trainer.limit_val_batches or None)))
+def _stage_metrics(metrics: dict[str, Metric], num_classes: int | None) -> nn.ModuleDict:
+    """Loss, accuracy and the user's metrics, for validation and for test."""
+    if num_classes is not None:
+        metrics.setdefault("acc", MulticlassAccuracy(num_classes, average="micro"))
+    metrics = {"loss": MeanMetric(), **metrics}
+    return nn.ModuleDict({f"{stage}_{name}": m.clone() for stage in ("val", "test") for name, m in metrics.items()})
 
-    @contextlib.contextmanager
-    def _equal_order(self) -> Iterator[None]:
-        """Lets a loader that shuffles by torch's generator give one order in all processes."""
-        if self.functional.group is None:
-            yield
+
+class _MetaIterations(L.Callback):
+    """Lets a fit last for K meta iterations, however many epochs of the training loader these are.
+
+    A callback, since Lightning tells a module nothing of an error.
+    """
+
+    def __init__(self) -> None:
+        self._before: tuple[int | None] | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # its mixin has it
+            self._before = (trainer.fit_loop.max_epochs,)
+            trainer.fit_loop.max_epochs = -1
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Counts the epochs that K iterations are, so that bars show an end."""
+        client = cast(FedL2PClient, pl_module)
+        iterations = client.settings.meta_iterations
+        left = iterations - len(client.val_losses)
+        if self._before is None:
             return
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(common_seed(self.functional.group))
-            yield
+        if left <= 0:
+            trainer.should_stop = True
+        batches = trainer.num_training_batches
+        if math.isfinite(batches) and batches > 0:
+            done = trainer.fit_loop.batch_idx + 1
+            trainer.fit_loop.max_epochs = trainer.current_epoch + max(1, math.ceil((done + left) / batches))
+        if self._before[0] not in (None, -1, 1, 1000, trainer.fit_loop.max_epochs):
+            rank_zero_info(f"max_epochs={self._before[0]} is not used: a fit lasts for meta_iterations={iterations}.")
 
-    def _own(self, batches: Iterable[Batch]) -> Iterable[Batch]:
-        """This process's part of each batch."""
-        group = self.functional.group
-        return batches if group is None else [own_part(cast(Batch, tuple(batch)), group) for batch in batches]
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        client = cast(FedL2PClient, pl_module)
+        if len(client.val_losses) >= client.settings.meta_iterations:
+            trainer.should_stop = True
 
-    def _loader(self, kind: str) -> Iterable[Batch]:
-        """A fresh loader of the DataModule, since the Trainer may be in the middle of its own."""
-        datamodule = getattr(self.trainer, "datamodule", None)
-        if datamodule is not None:
-            return getattr(datamodule, f"{kind}_dataloader")()
-        if kind == "val" and self.trainer.val_dataloaders is None:
-            with contextlib.suppress(MisconfigurationException):  # there are none, which is said below
-                self.trainer.fit_loop.epoch_loop.val_loop.setup_data()
-        given = self.trainer.train_dataloader if kind == "train" else self.trainer.val_dataloaders
-        if given is None:
-            raise DataError(
-                f"The client needs its {kind} data, but the Trainer has no loader for them; pass a DataModule "
-                "(datamodule=...) with train_dataloader and val_dataloader."
-            )
-        return given
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._restore(trainer)
 
-    def _to_device(self, batches: Iterable[Batch]) -> list[Batch]:
-        strategy, precision = self.trainer.strategy, self.trainer.precision_plugin
-        return [cast(Batch, tuple(precision.convert_input(strategy.batch_to_device(list(b))))) for b in batches]
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._restore(trainer)
+
+    def _restore(self, trainer: L.Trainer) -> None:
+        if self._before is not None:
+            (trainer.fit_loop.max_epochs,), self._before = self._before, None

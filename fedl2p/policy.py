@@ -7,7 +7,7 @@ from torch import nn
 
 from fedl2p.core.meta_nets import MetaNets
 from fedl2p.errors import ModelError, RunFolderError
-from fedl2p.federation.checkpoint import load_metadata, load_tensors
+from fedl2p.io import read_tensors
 
 _NAMES = ("batchnorm_names", "layer_names", "parameter_names")
 
@@ -30,7 +30,7 @@ def load_policy(path: Path, model: nn.Module) -> MetaNets:
         ModelError: the file cannot be read, or its nets are for another model.
     """
     try:
-        tensors, metadata = load_tensors(path), load_metadata(path)
+        tensors, metadata = read_tensors(path)
     except RunFolderError as error:
         raise ModelError(f"The nets cannot be read. {error}") from error
     options = {key: json.loads(metadata.get(key, "false")) for key in ("log_divergence", "sample_count")}

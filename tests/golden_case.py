@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from fedl2p.core.batchnorm import convert_batchnorm
-from fedl2p.core.finetune import InnerState, evaluation_loss, finetune, initial_running
-from fedl2p.core.functional import Batch, FunctionalModel
-from fedl2p.core.hypergradients import FOMAML, IFT, HypergradientEstimator, MetaProblem
-from fedl2p.core.meta_nets import MetaNets
+from fedl2p.core.episode import make_episode
+from fedl2p.core.finetune import evaluation_loss, finetune
+from fedl2p.core.functional import Batch, FunctionalModel, InnerState
+from fedl2p.core.hypergradients import FOMAML, IFT, HypergradientEstimator
+from fedl2p.core.meta_nets import Hyperparameters, MetaNets
+from fedl2p.core.settings import RunningStart
 from fedl2p.core.statistics import collect_statistics
 
 META_NAMES = {
@@ -55,7 +57,6 @@ def compute(path: str | Path) -> dict[str, numpy.ndarray]:
     module = convert_batchnorm(_pretrained(case, spec))
     model = FunctionalModel.of(module)
     meta_nets = _meta_nets(case, module)
-    parameters, buffers = model.tensors()
 
     first_batches = _split(case, spec["train_batches"])
     batches = [first_batches[k % len(first_batches)] for k in range(spec["inner_steps"] + 1)]
@@ -65,9 +66,9 @@ def compute(path: str | Path) -> dict[str, numpy.ndarray]:
     statistics = collect_statistics(module, first_batches)
     multiplier = meta_nets.lr_net(statistics.layer_moments)
     beta, eta = meta_nets(*statistics.net_inputs())
-    start = InnerState(parameters, {**buffers, **initial_running(model, buffers, statistics, start="zero_one")})
-    tuned = finetune(model, start, train_batches, beta, eta, history=1)
-    problem = MetaProblem(tuned, train_batches, loss_batch, val_batches, beta.detach(), eta.detach())
+    episode = make_episode(model, statistics, train_batches, val_batches, running_start=RunningStart.zero_one)
+    episode = episode._replace(loss_batch=loss_batch)
+    tuned = finetune(model, episode.start(InnerState(*model.tensors())), train_batches, beta, eta, history=1)
 
     out: dict[str, Tensor] = {
         "out/xi": statistics.bn_divergence[None],
@@ -85,7 +86,7 @@ def compute(path: str | Path) -> dict[str, numpy.ndarray]:
     ift = IFT(form="paper", neumann_terms=spec["neumann_terms"], neumann_lr=spec["neumann_lr"])
     estimators: dict[str, HypergradientEstimator] = {"ift": ift, "fomaml": FOMAML()}
     for label, estimator in estimators.items():
-        estimate = estimator(model, problem)
+        estimate = estimator(model, episode, tuned, Hyperparameters(beta.detach(), eta.detach()))
         names, tensors = zip(*meta_nets.named_parameters(), strict=True)
         gradients = torch.autograd.grad([beta, eta], tensors, [estimate.beta, estimate.eta], retain_graph=True)
         for name, gradient in zip(names, gradients, strict=True):

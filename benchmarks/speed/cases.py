@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,10 +9,11 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from fedl2p.core.batchnorm import convert_batchnorm
-from fedl2p.core.finetune import InnerState
-from fedl2p.core.functional import Batch, FunctionalModel
+from fedl2p.core.differentiation import Autograd
+from fedl2p.core.functional import Batch, FunctionalModel, InnerState
 from fedl2p.core.hypergradients import HypergradientEstimator, Unrolled
 from fedl2p.core.meta_nets import MetaNets
+from fedl2p.core.statistics import collect_statistics
 from fedl2p.datamodules.base.federated import ClientData, FederatedDataModule
 from fedl2p.federation.runtime import ClientRuntime
 from fedl2p.models import ResNet18, SmallConvNet
@@ -27,6 +27,8 @@ class Client:
     Attributes:
         plain: theta_g, with ordinary batch norms.
         model: the same, converted, as a function.
+        differentiation: how derivatives are taken, as `Learner.fit_to` chooses for networks of this size.
+        statistics: of the training images.
         state: where fine-tuning starts.
     """
 
@@ -36,9 +38,9 @@ class Client:
         self.train: list[Batch] = [_images(32), _images(8)]
         self.val = _images(10)
         converted = convert_batchnorm(self.plain).requires_grad_(False)
-        # As ClientRuntime and CohortRunner do for networks of this size.
-        functional = FunctionalModel.of(converted.to(memory_format=torch.channels_last))  # type: ignore[call-overload]  # stubs lack it
-        self.model = replace(functional, alone=True, fused_batchnorm=True)
+        self.model = FunctionalModel.of(converted.to(memory_format=torch.channels_last))  # type: ignore[call-overload]  # stubs lack it
+        self.differentiation = Autograd(fused_batchnorm=True)
+        self.statistics = collect_statistics(converted, self.train)
         self.state = InnerState(*self.model.tensors())
         self.beta = torch.full((len(self.model.batchnorm_names),), BETA)
         self.eta = torch.full((len(self.model.parameter_names),), RATE)

@@ -10,12 +10,12 @@ from benchmarks.speed import reference
 from benchmarks.speed.cases import Client
 from benchmarks.speed.measure import Row, command, in_turns
 from fedl2p.core.batchnorm import convert_batchnorm
-from fedl2p.core.cohort import ClientTask, CohortRunner
+from fedl2p.core.episode import make_episode
 from fedl2p.core.hypergradients import IFT
+from fedl2p.core.learner import Learner
 from fedl2p.core.meta_nets import MetaNets
 from fedl2p.core.statistics import collect_statistics
 
-META_LR = {"bn_net": 1e-3, "lr_net": 1e-3, "base_lr": 1e-4}
 AGAINST = "reference loop"
 
 
@@ -24,13 +24,14 @@ def measure(quick: bool) -> list[Row]:
     epochs, iterations, repeats = (5, 1, 1) if quick else (15, 3, 1)
     client = Client()
     nets = MetaNets(convert_batchnorm(client.plain), base_lr=0.01)
-    runner = CohortRunner(client.model)
-    lambda_ = {name: p.detach().clone() for name, p in nets.named_parameters()}
+    learner = Learner(client.model, nets, estimator=IFT(form="paper"))
+    learner.fit_to(client.train[0][0])
+    lambda_ = learner.lambda_()
 
     def ours() -> None:
         statistics = collect_statistics(client.model.module, [x for x, _ in client.train])
-        task = ClientTask(statistics, client.train * epochs, [client.val], [])
-        runner.meta_update(nets, IFT(form="paper"), [lambda_], [[task]] * iterations, meta_lr=META_LR)
+        episode = make_episode(client.model, statistics, client.train * epochs, [client.val])
+        learner.meta_update([lambda_], [[episode]] * iterations)
 
     def half() -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -5,23 +5,53 @@ Time: 3 minutes on 2 cores.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
 from benchmarks.speed import reference
 from benchmarks.speed.cases import Client
 from benchmarks.speed.measure import Row, command, in_turns, peak_memory
-from fedl2p.core.finetune import finetune
-from fedl2p.core.hypergradients import FOMAML, IFT, HypergradientEstimator, MetaProblem, Unrolled
+from fedl2p.core.episode import Episode, make_episode
+from fedl2p.core.finetune import FineTuned, finetune
+from fedl2p.core.hypergradients import FOMAML, IFT, HypergradientEstimator, Unrolled
 from fedl2p.core.hypergradients.base import last_step_gradient
+from fedl2p.core.meta_nets import Hyperparameters
 
 
-def problem(client: Client, estimator: HypergradientEstimator, epochs: int) -> MetaProblem:
+class Solved(NamedTuple):
     """A client after its inner loop."""
+
+    client: Client
+    episode: Episode
+    tuned: FineTuned
+
+    def estimate(self, estimator: HypergradientEstimator) -> object:
+        """The hypergradient."""
+        recipe = Hyperparameters(self.client.beta, self.client.eta)
+        return estimator(
+            self.client.model, self.episode, self.tuned, recipe, differentiation=self.client.differentiation
+        )
+
+
+def inner_loop(client: Client, epochs: int, history: int = 0) -> FineTuned:
+    """Fine-tunes a client."""
+    return finetune(
+        client.model,
+        client.state,
+        client.train * epochs,
+        client.beta,
+        client.eta,
+        history=history,
+        differentiation=client.differentiation,
+    )
+
+
+def solve(client: Client, estimator: HypergradientEstimator, epochs: int) -> Solved:
+    """Fine-tunes a client with the history that an estimator asks for."""
     batches = client.train * epochs
-    history = estimator.history(len(batches))
-    tuned = finetune(client.model, client.state, batches, client.beta, client.eta, history=history)
-    return MetaProblem(tuned, batches, batches[0], [client.val], client.beta, client.eta)
+    episode = make_episode(client.model, client.statistics, batches, [client.val])
+    return Solved(client, episode, inner_loop(client, epochs, estimator.history(len(batches))))
 
 
 def ready(name: str, epochs: int = 1) -> Callable[[], object]:
@@ -33,16 +63,16 @@ def ready(name: str, epochs: int = 1) -> Callable[[], object]:
         "unrolled": Unrolled(),
     }
     estimator = estimators[name]
-    solved = problem(client, estimator, epochs)
-    return lambda: estimator(client.model, solved)
+    solved = solve(client, estimator, epochs)
+    return lambda: solved.estimate(estimator)
 
 
 def measure(quick: bool) -> list[Row]:
     """Ours against the reference's, and `unrolled` against its inner loop."""
     repeats, epochs = (2, 2) if quick else (5, 15)
     client = Client()
-    solved = problem(client, IFT(), 1)
-    gradient = list(last_step_gradient(client.model, solved).values())
+    solved = solve(client, IFT(), 1)
+    gradient = list(last_step_gradient(client.model, solved.episode, solved.tuned, client.beta).values())
     leaf = client.beta.clone().requires_grad_()
     naive = reference.with_mixed_batch_norms(client.copy(), leaf)
     train, val = client.train[0], client.val
@@ -55,7 +85,7 @@ def measure(quick: bool) -> list[Row]:
         rows.append(
             in_turns(
                 f"ift, {form} form, Q = 3",
-                lambda form=form: IFT(form=form)(client.model, solved),  # type: ignore[misc]  # a lambda with a default
+                lambda form=form: solved.estimate(IFT(form=form)),  # type: ignore[misc]  # a lambda with a default
                 lambda: reference.ift(naive, leaf, train, val, gradient, terms=3, psi=0.1),
                 against="ift by double backward, reference",
                 repeats=repeats,
@@ -66,7 +96,7 @@ def measure(quick: bool) -> list[Row]:
     rows += [
         in_turns(
             "fomaml",
-            lambda: FOMAML()(client.model, solved),
+            lambda: solved.estimate(FOMAML()),
             lambda: reference.fomaml(naive, leaf, val, gradient),
             against="FO-MAML, reference (given the last gradient)",
             repeats=repeats,
@@ -74,19 +104,18 @@ def measure(quick: bool) -> list[Row]:
         ),
         in_turns(
             "ift, paper form, Q = 3",
-            lambda: IFT(form="paper")(client.model, solved),
+            lambda: solved.estimate(IFT(form="paper")),
             lambda: reference.hessian_free(naive, leaf, train, val, gradient),
             against="HF-MAML, reference",
             repeats=repeats,
         ),
     ]
-    whole = problem(client, Unrolled(), epochs)
-    batches = client.train * epochs
+    whole = solve(client, Unrolled(), epochs)
     rows.append(
         in_turns(
-            f"unrolled through {len(batches)} steps",
-            lambda: Unrolled()(client.model, whole),
-            lambda: finetune(client.model, client.state, batches, client.beta, client.eta),
+            f"unrolled through {len(whole.tuned.history)} steps",
+            lambda: whole.estimate(Unrolled()),
+            lambda: inner_loop(client, epochs),
             against="its inner loop",
             repeats=1 if quick else 3,
             target=5.0,
@@ -105,7 +134,7 @@ def _unrolled(epochs: int) -> Callable[[], object]:
 
     def whole() -> object:
         with torch.no_grad():
-            return Unrolled()(client.model, problem(client, Unrolled(), epochs))
+            return solve(client, Unrolled(), epochs).estimate(Unrolled())
 
     return whole
 

@@ -4,8 +4,6 @@ Run:  python -m benchmarks.speed.inner_step
 Time: two minutes on 2 cores, most of it for the compiler.
 """
 
-from dataclasses import replace
-
 import torch
 from torch import nn
 from torch.autograd.profiler_util import EventList
@@ -15,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.speed import reference
 from benchmarks.speed.cases import Client
 from benchmarks.speed.measure import Row, command, in_turns
-from fedl2p.core.finetune import CompiledStep, finetune, inner_step
+from fedl2p.core.differentiation import CompiledSteps
 
 KERNELS = ("conv", "mm", "linear")
 AGAINST = "reference loop"
@@ -30,16 +28,16 @@ def measure(quick: bool) -> list[Row]:
     ordinary = client.copy().train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # stubs lack it
 
     def ours() -> None:
-        inner_step(client.model, client.state, client.train[0], client.beta, rates)
+        client.differentiation.inner_step(client.model, client.state, client.train[0], client.beta, rates)
 
     def half() -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             ours()
 
-    model = replace(client.model, compiled=CompiledStep())
+    steps = CompiledSteps()
 
     def compiled() -> None:
-        finetune(model, client.state, client.train[:1], client.beta, client.eta)
+        steps.inner_step(client.model, client.state, client.train[0], client.beta, rates)
 
     def theirs() -> None:
         reference.inner_step(naive, client.train[0], client.eta)

@@ -11,27 +11,21 @@ from benchmarks.speed.cases import small_runtime
 from benchmarks.speed.measure import Row, command, in_turns, peak_memory
 from fedl2p.federation.client_app import make_client_app, make_cohort_handlers
 from fedl2p.federation.local import LocalGrid, flower_run
-from fedl2p.federation.rounds import run_rounds, standardize_inputs
-from fedl2p.federation.state import MetaState
-from fedl2p.federation.strategy import FedL2PStrategy
+from fedl2p.federation.rounds import RoundSettings, new_state, run_rounds, set_up
 
 
 def federation(clients: int, rounds: int = 1) -> Callable[[], None]:
     """A whole federation, ready to run `rounds` rounds in which all clients take part."""
     data, runtime = small_runtime(clients)
     names = {i: data.clients[i].name for i in data.pool("seen")}
-    strategy = FedL2PStrategy(
-        like=runtime.lambda_(), names=names, client_fraction=1.0, validation_fraction=1.0, rounds=rounds, seed=0
-    )
+    settings = RoundSettings(client_fraction=1.0, validation_fraction=1.0, rounds=rounds, patience=rounds, seed=0)
 
     def run() -> None:
         with flower_run():
             handlers = make_cohort_handlers(runtime)
             grid = LocalGrid(make_client_app(runtime), data.pool("seen"), cohort_handlers=handlers)
-            strategy.discover(grid)
-            standardize_inputs(runtime.meta_nets, strategy)
-            start = runtime.lambda_()
-            run_rounds(grid, strategy, MetaState(lambda_=start, best_lambda=start), rounds=rounds, patience=rounds)
+            ready = set_up(grid, runtime.meta_nets, names, settings)
+            run_rounds(grid, ready, new_state(ready))
 
     return run
 

@@ -64,6 +64,11 @@ class Arrays:
             raise DataError(f"{name} has {len(given)} numbers; the inputs have {channels} channels.")
         return torch.tensor(given).reshape(-1, *[1] * (self.inputs.dim() - 2))
 
+    @property
+    def normalization(self) -> tuple[Tensor, Tensor]:
+        """What is taken off each channel and what it is divided by, each of shape (channels, 1, ...)."""
+        return self._mean, self._std
+
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Inputs (n, channels, ...), float32 and normalized, and labels (n,) of some rows, shape (n,)."""
         rows = rows.to(self.inputs.device)

@@ -10,11 +10,10 @@ import numpy as np
 from torch import Tensor
 
 from fedl2p.datamodules.base.arrays import ArrayDataset, Arrays, Augmentation
-from fedl2p.datamodules.base.federated import POOLS, ClientData, FederatedDataModule
+from fedl2p.datamodules.base.federated import ClientData, FederatedDataModule
 from fedl2p.datamodules.base.partition import IntArray, dirichlet_clients, stratified_roles
 from fedl2p.errors import DataError
-
-_ROLES = ("train", "val", "test")
+from fedl2p.pools import POOLS, ROLES
 
 
 @dataclass(frozen=True)
@@ -70,27 +69,31 @@ class DomainsDataModule(FederatedDataModule):
     pool, clients of equal size get labels by a Dirichlet distribution. No sample belongs to two clients. Only samples
     that belong to a client are read, into one array.
 
-    A subclass sets `num_classes`, gives the names of its domains to the constructor, and implements `find` and `read`.
+    A subclass sets `num_classes`, and implements `find` and `read`.
 
     Args:
-        domains: Names of the domains, in the order of the clients; None takes all that `find` returns.
-        batch_size: Samples in a client's training batch, at least 1.
-        seed: Fixes who has which samples. At least 0.
-        alpha: Dirichlet concentration of the labels, above 0: 0.1 is strong skew. None gives each client the labels of
-            its domain.
-        clients_per_domain: Clients of the seen pool in each domain, at least 1.
-        unseen_clients_per_domain: Likewise of the unseen pool, from 0.
-        pretrain_clients_per_domain: Likewise of the pretrain pool, from 0.
-        pretrain_domains: Domains that have pretrain clients; None is all.
-        client_size: Samples of a client, without those of a test split that the publisher made; None deals out all.
-        val_fraction: Share of a client's samples *that are not for testing* which goes to validation, in (0, 1).
-        test_fraction: Share of a client's samples for testing, in (0, 1); not used where the publisher has split.
-        equal_domains: Cut every domain, at random, to the size of the smallest.
+        domains: Names of the domains, in the order of the clients; None takes all.
+        **options: `batch_size`, and the words of `Split` in `split_keys`.
 
     Raises:
         DataError: If an argument is not as above. `setup` raises it when a domain has too few samples.
     """
 
+    split_keys: tuple[str, ...] = (
+        "seed",
+        "domains",
+        "alpha",
+        "clients_per_domain",
+        "unseen_clients_per_domain",
+        "pretrain_clients_per_domain",
+        "pretrain_domains",
+        "client_size",
+        "val_fraction",
+        "test_fraction",
+        "equal_domains",
+    )
+    domain_names: tuple[str, ...] = ()
+    """Names of all domains, where they are known before anything is read."""
     augmentation: Augmentation | None = None
     """What is done to training batches."""
     mean: Sequence[float] | None = None
@@ -100,34 +103,13 @@ class DomainsDataModule(FederatedDataModule):
     same_samples: bool = False
     """Whether all domains show the same underlying samples, in one order; pools then divide them alike everywhere."""
 
-    def __init__(
-        self,
-        domains: Sequence[str] | None = None,
-        *,
-        batch_size: int = 32,
-        seed: int = 0,
-        alpha: float | None = None,
-        clients_per_domain: int = 1,
-        unseen_clients_per_domain: int = 0,
-        pretrain_clients_per_domain: int = 0,
-        pretrain_domains: Sequence[str] | None = None,
-        client_size: int | None = None,
-        val_fraction: float = 0.2,
-        test_fraction: float = 0.2,
-        equal_domains: bool = False,
-    ) -> None:
-        super().__init__(batch_size=batch_size, seed=seed)
-        self.domains = None if domains is None else tuple(domains)
-        self.alpha = alpha
-        self.clients_per_domain = clients_per_domain
-        self.unseen_clients_per_domain = unseen_clients_per_domain
-        self.pretrain_clients_per_domain = pretrain_clients_per_domain
-        self.pretrain_domains = None if pretrain_domains is None else tuple(pretrain_domains)
-        self.client_size = client_size
-        self.val_fraction = val_fraction
-        self.test_fraction = test_fraction
-        self.equal_domains = equal_domains
-        self._check_arguments()
+    def __init__(self, domains: Sequence[str] | None = None, **options: Any) -> None:
+        if domains is not None:
+            options["domains"] = domains
+        super().__init__(**options)
+        self.domains = self.split.domains or self.domain_names or None
+        if self.domain_names:
+            _check_names(self.domains or (), self.domain_names)
 
     @abstractmethod
     def find(self) -> Iterable[Domain]:
@@ -140,14 +122,14 @@ class DomainsDataModule(FederatedDataModule):
     def build_clients(self) -> Iterable[ClientData]:
         """Pretrain, seen and unseen clients, in this order, by domain; see the class."""
         plans = self._plans()
-        roles = [(plan, role) for plan in plans for role in _ROLES]
+        roles = [(plan, role) for plan in plans for role in ROLES]
         sizes = [len(plan.sets[role]) for plan, role in roles]
         keys = [key for plan, role in roles for key in plan.sets[role].keys]
         labels = np.concatenate([plan.sets[role].labels for plan, role in roles])
         arrays = Arrays(self.read(keys), labels, mean=self.mean, std=self.std)
         rows = iter(np.split(np.arange(len(labels)), np.cumsum(sizes)[:-1]))
         for plan in plans:
-            sets = {role: ArrayDataset(arrays, next(rows), augmentation=self.augmentation) for role in _ROLES}
+            sets = {role: ArrayDataset(arrays, next(rows), augmentation=self.augmentation) for role in ROLES}
             yield ClientData(
                 name=f"{plan.pool}-{plan.domain}-{plan.number:02d}",
                 pool=plan.pool,
@@ -155,6 +137,13 @@ class DomainsDataModule(FederatedDataModule):
                 details={"size": float(len(sets["train"]))},
                 **sets,
             )
+
+    def client_counts(self, domain: str) -> tuple[int, int, int]:
+        """How many clients a domain has in each of `POOLS`."""
+        split = self.split
+        pretrains = split.pretrain_domains is None or domain in split.pretrain_domains
+        pretrain = split.pretrain_clients_per_domain if pretrains else 0
+        return pretrain, split.clients_per_domain, split.unseen_clients_per_domain
 
     def _plans(self) -> list[_Plan]:
         """Who gets which samples, by pool and domain."""
@@ -165,17 +154,15 @@ class DomainsDataModule(FederatedDataModule):
         """The wanted domains in the wanted order, cut to the size of the smallest where that was asked for."""
         found = {domain.name: domain for domain in self.find()}
         names = tuple(found) if self.domains is None else self.domains
-        unknown = [name for name in names if name not in found]
-        unknown += [name for name in self.pretrain_domains or () if name not in names]
-        if unknown:
-            raise DataError(f"There is no domain {unknown[0]!r}; the domains are {', '.join(found)}.")
+        _check_names(names, tuple(found))
+        _check_names(self.split.pretrain_domains or (), names)
         domains = [found[name] for name in names]
         for domain in domains:
             for samples in (domain.samples, domain.test):
                 if samples is not None and not len(samples):
                     which = " for testing" if samples is domain.test else ""
                     raise DataError(f"The domain {domain.name!r} has no samples{which}.")
-        if not self.equal_domains:
+        if not self.split.equal_domains:
             return domains
         smallest = min(len(domain.samples) for domain in domains)
         smallest_test = min((len(domain.test) for domain in domains if domain.test is not None), default=0)
@@ -192,9 +179,7 @@ class DomainsDataModule(FederatedDataModule):
 
     def _domain_plans(self, domain: Domain) -> Iterator[_Plan]:
         rng = self._rng(1, domain.name)
-        counts = np.array([self.pretrain_clients_per_domain, self.clients_per_domain, self.unseen_clients_per_domain])
-        if self.pretrain_domains is not None and domain.name not in self.pretrain_domains:
-            counts[0] = 0
+        counts = np.array(self.client_counts(domain.name))
         fractions = list(counts / counts.sum())
         dividing = self._rng(2, "") if self.same_samples else rng
         supplies = stratified_roles(domain.samples.labels, fractions, dividing)
@@ -217,36 +202,26 @@ class DomainsDataModule(FederatedDataModule):
         self, samples: Samples, test: Samples | None, count: int, rng: np.random.Generator
     ) -> list[dict[str, Samples]]:
         """The sets of a pool's clients."""
-        held = 0.0 if test is not None else self.test_fraction
+        held = 0.0 if test is not None else self.split.test_fraction
         parts = dirichlet_clients(
             samples.labels,
             count,
-            self.alpha,
+            self.split.alpha,
             rng,
-            val_fraction=self.val_fraction * (1 - held),
+            val_fraction=self.split.val_fraction * (1 - held),
             test_fraction=held,
             test_labels=None if test is None else test.labels,
-            client_size=self.client_size,
+            client_size=self.split.client_size,
         )
         source = {"train": samples, "val": samples, "test": samples if test is None else test}
-        return [{role: source[role].take(rows) for role, rows in zip(_ROLES, part, strict=True)} for part in parts]
+        return [{role: source[role].take(rows) for role, rows in zip(ROLES, part, strict=True)} for part in parts]
 
     def _rng(self, purpose: int, domain: str) -> np.random.Generator:
         # By the name, so that a domain's clients do not depend on which other domains there are.
-        key = (purpose, zlib.crc32(domain.encode()))
-        return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=key))
+        return self.rng(purpose, zlib.crc32(domain.encode()))
 
-    def _check_arguments(self) -> None:
-        if self.domains is not None and (not self.domains or len(set(self.domains)) < len(self.domains)):
-            raise DataError(f"The domains are {list(self.domains)}; name at least one, and each at most once.")
-        if self.alpha is not None and not (np.isfinite(self.alpha) and self.alpha > 0):
-            raise DataError(f"alpha is {self.alpha}; it must be a positive number, or None for no skew.")
-        least = {"clients_per_domain": 1, "unseen_clients_per_domain": 0, "pretrain_clients_per_domain": 0}
-        if self.client_size is not None:
-            least["client_size"] = 2
-        for name, low in least.items():
-            if getattr(self, name) < low:
-                raise DataError(f"{name} is {getattr(self, name)}; it must be at least {low}.")
-        for name in ("val_fraction", "test_fraction"):
-            if not 0 < getattr(self, name) < 1:
-                raise DataError(f"{name} is {getattr(self, name)}; it must be above 0 and below 1.")
+
+def _check_names(names: Sequence[str], known: Sequence[str]) -> None:
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise DataError(f"There is no domain {unknown[0]!r}; the domains are {', '.join(known)}.")

@@ -1,20 +1,24 @@
 """One client's data as a LightningDataModule, and a federation of such clients in three pools."""
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 
 from fedl2p.datamodules.base.arrays import ArrayDataset
+from fedl2p.datamodules.base.fingerprint import client_hash, reads_a_set
+from fedl2p.datamodules.base.split import Split
+from fedl2p.datamodules.base.validation import check_clients
 from fedl2p.errors import DataError
-
-POOLS = ("pretrain", "seen", "unseen")
-"""Clients that make the global model, that learn the policy together, and that only come afterwards."""
+from fedl2p.pools import POOLS, ROLES
+from fedl2p.seeding import derive_seed, seeded_generators
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -127,29 +131,50 @@ class FederatedDataModule(L.LightningDataModule, ABC):
 
     It has no loaders of its own: ``federation.client(7)`` is the ordinary data module of client 7.
 
+    Constructors hand on what they do not use by ``**options``; `inspect.signature` of a class names all that it takes.
+
     Args:
         batch_size: Samples in a client's training batch, at least 1.
-        seed: For subclasses: fixes how the data are divided among the clients. At least 0.
+        **split: Words of `Split` that are among `split_keys`: here the `seed` alone. Each is an attribute afterwards.
 
     Raises:
-        DataError: If an argument is below its limit.
+        DataError: If an argument is not known or below its limit.
     """
 
     num_classes: int
     classes: Sequence[str] = ()
     """Names of the classes by label; empty where they have none."""
+    split: Split = Split()
+    """How the data are divided: of a class, what holds where nothing else is given."""
+    split_keys: tuple[str, ...] = ("seed",)
+    """The words of `split` that may be given."""
+    seed: int
     _clients: tuple[ClientData, ...] | None = None
 
-    def __init__(self, *, batch_size: int = 32, seed: int = 0) -> None:
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Makes the signature of a class name what it hands on to the classes above it."""
+        super().__init_subclass__(**options)
+        cls.__signature__ = _full_signature(cls)  # type: ignore[attr-defined]  # which inspect looks for
+
+    def __init__(self, *, batch_size: int = 32, **split: Any) -> None:
         super().__init__()
         _check_at_least(1, batch_size=batch_size)
-        _check_at_least(0, seed=seed)
         self.batch_size = batch_size
-        self.seed = seed
+        unknown = [name for name in split if name not in self.split_keys]
+        if unknown:
+            known = ", ".join(inspect.signature(type(self)).parameters)
+            raise DataError(f"{type(self).__name__} takes no {unknown[0]!r}; it takes {known}.")
+        self.split = replace(self.split, **split)
+        for name in self.split_keys:
+            setattr(self, name, getattr(self.split, name))
 
     @abstractmethod
     def build_clients(self) -> Iterable[ClientData]:
-        """Every client of the federation; a client's position is its id. Called once."""
+        """Every client of the federation; a client's position is its id. Called once.
+
+        The global generators of torch, NumPy and Python are seeded from `seed` meanwhile, so that data which are drawn
+        from them are the same on each start.
+        """
 
     def setup(self, stage: str | None = None) -> None:
         """Builds the clients at the first call and checks them.
@@ -164,7 +189,8 @@ class FederatedDataModule(L.LightningDataModule, ABC):
         if self._clients is None:
             if not hasattr(self, "num_classes"):
                 raise DataError(f"{type(self).__name__} does not set num_classes; it must be a whole number.")
-            clients = tuple(self.build_clients())
+            with seeded_generators(derive_seed(self.seed, "clients")):
+                clients = tuple(self.build_clients())
             _check_clients(clients)
             self._clients = clients
 
@@ -204,12 +230,42 @@ class FederatedDataModule(L.LightningDataModule, ABC):
         client = self.clients[client_id]
         return _size(client.train), _size(client.val), _size(client.test)
 
+    def check(self) -> None:
+        """Looks at the samples before they are used: all that are in memory, others for a few seconds.
+
+        Raises:
+            DataError: Naming the client: a sample of any role cannot be read, inputs differ in shape, are no floats or
+                are not finite in float32, or a label is no whole number below `num_classes`.
+        """
+        with seeded_generators(derive_seed(self.seed, "check")):
+            check_clients(self.clients, self.num_classes)
+
+    def fingerprint(self) -> dict[str, str]:
+        """A short hash of each client's data by the client's name, the same in every process and on each start.
+
+        Hashed are a client's pool and domain and, for each role, the number of samples and the samples: inputs as they
+        are kept (before any normalization, whose numbers are hashed too), and labels. Data sets in memory
+        (`ArrayDataset`, `TensorDataset`) are hashed whole. Of others some samples are read, evenly spaced, about 4,000
+        over all clients and at least one of each set, with the global generators seeded, for those with random
+        transforms.
+
+        Raises:
+            DataError: If a sample cannot be read.
+        """
+        reads = reads_a_set(len(self.clients))
+        with seeded_generators(derive_seed(self.seed, "fingerprint")):
+            return {client.name: client_hash(client, reads) for client in self.clients}
+
     def to(self, device: torch.device | str) -> None:
         """Keeps the samples of `ArrayDataset`s on a device from now on; other data sets stay as they are."""
         for client in self.clients:
             for dataset in (client.train, client.val, client.test):
                 if isinstance(dataset, ArrayDataset):
                     dataset.arrays.to(device)
+
+    def rng(self, *key: int) -> np.random.Generator:
+        """A source of randomness for one purpose, the same on each start; different keys, unrelated numbers."""
+        return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=key))
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -225,7 +281,7 @@ class FederatedDataModule(L.LightningDataModule, ABC):
                 "name": client.name,
                 "pool": client.pool,
                 "domain": client.domain,
-                **dict(zip(("train", "val", "test"), self.client_sizes(client_id), strict=True)),
+                **dict(zip(ROLES, self.client_sizes(client_id), strict=True)),
                 "details": dict(client.details),
             }
             for client_id, client in enumerate(self.clients)
@@ -234,6 +290,28 @@ class FederatedDataModule(L.LightningDataModule, ABC):
 
 def _size(dataset: Dataset[Any]) -> int:
     return len(dataset)  # type: ignore[arg-type]  # map-style by contract; _check_clients has looked
+
+
+def _full_signature(cls: type[FederatedDataModule]) -> inspect.Signature:
+    """A class's arguments and, where its constructor hands on others, those of the classes above it."""
+    found: dict[str, inspect.Parameter] = {}
+    constructors = [owner for owner in cls.__mro__ if "__init__" in vars(owner)]
+    for owner in constructors:
+        _, *own = inspect.signature(vars(owner)["__init__"]).parameters.values()
+        hands_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in own)
+        for parameter in own:
+            if parameter.kind is not parameter.VAR_KEYWORD and parameter.name not in found:
+                # What is handed on is handed on by name.
+                by_name = parameter.replace(kind=parameter.KEYWORD_ONLY)
+                found[parameter.name] = parameter if owner is constructors[0] else by_name
+        if not hands_on:
+            break
+        if owner is FederatedDataModule:
+            words = {name: getattr(cls.split, name) for name in cls.split_keys if name not in found}
+            keyword = inspect.Parameter.KEYWORD_ONLY
+            found |= {name: inspect.Parameter(name, keyword, default=value) for name, value in words.items()}
+            break
+    return inspect.Signature(list(found.values()))
 
 
 def _check_at_least(least: int, **values: int) -> None:
@@ -250,7 +328,7 @@ def _check_clients(clients: tuple[ClientData, ...]) -> None:
         names.add(client.name)
         if client.pool not in POOLS:
             raise DataError(f"Client {client.name!r} is in pool {client.pool!r}; the pools are {', '.join(POOLS)}.")
-        for role in ("train", "val", "test"):
+        for role in ROLES:
             dataset = getattr(client, role)
             if not hasattr(dataset, "__len__"):
                 raise DataError(f"The {role} set of client {client.name!r} has no length; it must be a map-style one.")

@@ -196,7 +196,9 @@ def dirichlet_clients(
         test_fraction: See `client_roles`; 0 where `test_labels` are given.
         test_labels: Of a separate supply of test samples, shape ``(m,)``: each client gets ``m // num_clients`` of
             them, with the labels of its other samples as far as the supply goes.
-        client_size: How many of the samples of `labels` each client gets, if not ``n // num_clients``.
+        client_size: How many of the samples of `labels` each client gets, if not ``n // num_clients``. A client's
+            labels need then not be found in the test supply as often as ``m // num_clients`` asks for, and all clients
+            get as many test samples as there are of the labels that each trains on.
 
     Returns:
         For each client its train, val and test indices, ascending; those of test are into `test_labels` where given.
@@ -216,9 +218,32 @@ def dirichlet_clients(
         return clients
     test_array = _checked_labels(test_labels)
     num_classes = max(int(label_array.max()), int(test_array.max())) + 1
-    held = np.stack([np.bincount(label_array[part], minlength=num_classes) for part in parts])
-    tests = partition_by_proportions(test_array, held, _equal_sizes(len(test_array), num_clients), rng)
+    # Where all samples are dealt out the test supply suffices for the labels of each; elsewhere it need not.
+    followed = parts if client_size is None else [train for train, _, _ in clients]
+    held = np.stack([np.bincount(label_array[own], minlength=num_classes) for own in followed])
+    test_sizes = _equal_sizes(len(test_array), num_clients)
+    if client_size is not None:
+        usual = client_size * len(test_array) // len(label_array)
+        test_sizes = np.full(num_clients, _test_size(held, test_array, int(test_sizes[0]), usual))
+    tests = partition_by_proportions(test_array, held, test_sizes, rng)
     return [(train, val, test) for (train, val, _), test in zip(clients, tests, strict=True)]
+
+
+def _test_size(held: IntArray, test_labels: IntArray, most: int, usual: int) -> int:
+    """How many test samples each client can have so that their labels are those that it holds; all have as many.
+
+    Args:
+        held: Samples by client and class, shape (clients, classes).
+        test_labels: The supply, shape (m,).
+        most: The limit.
+        usual: What a client would have by the shares of training and test samples in the whole. Where a class is so
+            rare in the supply that not even half of that can be had, clients have this many, and other labels.
+    """
+    shares = (held / held.sum(axis=1, keepdims=True)).sum(axis=0)
+    wanted = shares > 0
+    supply = np.bincount(test_labels, minlength=held.shape[1])
+    enough = int((supply[wanted] / shares[wanted]).min() + 1e-9)
+    return max(1, min(most, enough if 2 * enough >= usual else usual))
 
 
 def _equal_sizes(num_samples: int, num_clients: int) -> IntArray:

@@ -1,28 +1,17 @@
 """Where data sets lie on disk, what to say where they do not, and how they get there."""
 
-import contextlib
 import hashlib
 import http.client
 import os
-import sys
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-    track,
-)
-
 from fedl2p.errors import DataError
+from fedl2p.progress import ProgressBar
 
 Item = TypeVar("Item")
 
@@ -56,10 +45,23 @@ def missing_data(what: str, *, looked_for: Path | str, get: str) -> DataError:
     )
 
 
-def with_bar(items: Sequence[Item], description: str) -> Iterable[Item]:
-    """The items in order, with a bar on standard error that goes when all are done; none where it is no terminal."""
-    console = Console(stderr=True, quiet=not sys.stderr.isatty())
-    return track(items, description=description, console=console, transient=True)
+def with_bar(items: Sequence[Item], description: str, *, patience: float = 2.0) -> Iterator[Item]:
+    """The items in order, with a bar on standard error where they take long and it is a terminal.
+
+    Args:
+        items: What takes time between one and the next.
+        description: Left of the bar, such as "Reading images".
+        patience: Seconds after which the bar appears; it goes when all is done.
+    """
+    bar, start = ProgressBar(description, len(items), transient=True), time.monotonic()
+    try:
+        for item in items:
+            if time.monotonic() - start >= patience:
+                bar.start()
+            yield item
+            bar.advance()
+    finally:
+        bar.stop()
 
 
 def download(url: str, path: Path, *, sha256: str) -> None:
@@ -104,17 +106,11 @@ def _fetch(url: str, part: Path) -> None:
     with response:
         resumed = response.status == 206
         rest = int(response.headers.get("Content-Length") or 0)
-        with part.open("ab" if resumed else "wb") as file, _bar(rest + start * resumed, start * resumed) as advance:
+        done, total = start * resumed, rest + start * resumed
+        bar = ProgressBar("Downloading", total or None, done=done, unit="bytes", transient=True)
+        with part.open("ab" if resumed else "wb") as file, bar:
             while block := response.read(1 << 20):
                 file.write(block)
-                advance(len(block))
-        if rest and part.stat().st_size != rest + start * resumed:
+                bar.advance(len(block))
+        if rest and part.stat().st_size != total:
             raise OSError("the connection was cut off")
-
-
-@contextlib.contextmanager
-def _bar(total: int, done: int) -> Iterator[Callable[[int], None]]:
-    columns = (TextColumn("Downloading"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("download", total=total or None, completed=done)
-        yield lambda size: progress.advance(task, size)

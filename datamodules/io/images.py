@@ -1,9 +1,9 @@
 """Image files of any kind, read into one array of bytes; and the augmentation that suits photographs."""
 
 import os
-import time
+import struct
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
+from fedl2p.datamodules.io.files import with_bar
 from fedl2p.errors import DataError
 
 if TYPE_CHECKING:
@@ -22,8 +23,11 @@ Fit = Literal["crop", "stretch"]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+MAX_PIXELS = 2**26
+"""Larger images (8,192 pixels a side) are refused before they are decoded."""
 
-_PATIENCE = 2.0  # seconds after which a progress bar appears
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # those of the suffixes, whatever Pillow knows besides
+_PATIENCE = 2.0  # seconds after which a bar appears
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -56,7 +60,8 @@ def read_images(
         Shape (files, 1 or 3, size, size), uint8.
 
     Raises:
-        DataError: If a file is missing, truncated or no image, or an argument is not as above.
+        DataError: If a file is missing, truncated or of another format than those of `IMAGE_SUFFIXES`, has 32 bits a
+            channel or more than `MAX_PIXELS`, or an argument is not as above.
     """
     if size < 1 or fit not in get_args(Fit):
         raise DataError(f"size is {size} and fit is {fit!r}; size must be at least 1 and fit 'crop' or 'stretch'.")
@@ -68,50 +73,48 @@ def read_images(
     with ThreadPoolExecutor(max_workers=threads) as pool:
         readings = [pool.submit(read, position) for position in range(len(paths))]
         try:
-            _wait(readings)
+            for reading in with_bar(readings, "Reading images", patience=_PATIENCE):
+                reading.result()
         finally:
             pool.shutdown(cancel_futures=True)  # after an error or an interruption nobody wants the rest
     return images
 
 
-def _wait(readings: Sequence[Future[None]]) -> None:
-    start = time.monotonic()
-    done = 0
-    while done < len(readings) and time.monotonic() - start < _PATIENCE:
-        readings[done].result()
-        done += 1
-    if done == len(readings):
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("Reading images", total=len(readings), completed=done)
-        for reading in readings[done:]:
-            reading.result()
-            progress.advance(task)
-
-
 @contextmanager
-def _errors_named(path: Path) -> Iterator[None]:
+def image_errors(what: str) -> Iterator[None]:
+    """Turns what Pillow raises at a broken file into a DataError that begins with `what`."""
     from PIL import Image
 
     try:
         yield
     # A broken file makes Pillow's decoders fail in any of these ways.
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, Image.DecompressionBombError) as error:
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        EOFError,
+        LookupError,
+        TypeError,
+        ArithmeticError,
+        struct.error,
+        Image.DecompressionBombError,
+        Image.DecompressionBombWarning,  # where warnings are errors
+    ) as error:
         reason = "there is no such file" if isinstance(error, FileNotFoundError) else str(error) or type(error).__name__
-        raise DataError(f"The image {path} cannot be read: {reason}.") from error
+        raise DataError(f"{what} cannot be read: {reason}.") from error
 
 
 def _read(path: Path, size: int, fit: Fit, grayscale: bool) -> Tensor:
     """One image, shape (1 or 3, size, size)."""
     from PIL import Image, ImageOps
 
-    with _errors_named(path), Image.open(path) as opened:
+    with image_errors(f"The image {path}"), Image.open(path, formats=_FORMATS) as opened:
+        if opened.width * opened.height > MAX_PIXELS:
+            raise ValueError(f"it has {opened.width} x {opened.height} pixels; allowed are {MAX_PIXELS} together")
         # JPEG files can be decoded at a half, a quarter ... of their size; twice the wanted one keeps the quality.
         opened.draft(None, (2 * size, 2 * size))
+        if opened.mode == "F" or (opened.mode == "I" and opened.format == "TIFF"):
+            raise ValueError("it has 32 bits a channel, and nobody says which is white; save it with 8 or 16 bits")
         image = _flat(ImageOps.exif_transpose(opened), "L" if grayscale else "RGB")
         if fit == "crop":
             image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)

@@ -1,6 +1,7 @@
 """Mel-frequency cepstral coefficients of one-second clips, computed once and kept on disk."""
 
 import hashlib
+import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,13 +12,15 @@ import torch
 from torch import Tensor
 
 from fedl2p.datamodules.io.files import with_bar
-from fedl2p.errors import DataError
+from fedl2p.errors import DataError, RunFolderError
+from fedl2p.io import write_atomically
 
 CLIP_SECONDS = 1.0
 COEFFICIENTS = 40
 RATE = 8000  # samples a second
 WINDOW = 320  # samples: 40 ms
 HOP = 160  # samples: 20 ms
+FRAMES = int(RATE * CLIP_SECONDS) // HOP + 1
 MELS = 64
 _VERSION = 1  # of what is kept; to be raised whenever the numbers change
 _AT_ONCE = 256
@@ -49,19 +52,20 @@ def cached_mfcc(clips: Sequence[Clip], cache: Path) -> Tensor:
     Args:
         clips: Which.
         cache: Folder that keeps the result for the same clips (by name, size and time of change); where it cannot be
-            written, the user's cache folder does.
+            written, the user's cache folder does. What is damaged there is computed anew.
 
     Returns:
         Shape (clips, 1, 40, 51), float32.
 
     Raises:
-        DataError: If a file cannot be read, or librosa is not installed.
+        DataError: If a file cannot be read or has values that are not finite, or librosa is not installed.
     """
     name = f"mfcc-{_fingerprint(clips)}.npy"
     places = [cache / ".fedl2p-cache" / name, _user_cache() / name]
     for place in places:
-        if place.is_file():
-            return torch.from_numpy(np.load(place, allow_pickle=False))
+        kept = _read_kept(place, len(clips))
+        if kept is not None:
+            return torch.from_numpy(kept)
     computed = _mfcc(clips)
     for place in places:
         if _kept(place, computed):
@@ -81,23 +85,31 @@ def _fingerprint(clips: Sequence[Clip]) -> str:
     return digest.hexdigest()[:32]
 
 
+def _read_kept(place: Path, count: int) -> np.ndarray | None:
+    """The array of a file; None where there is none, or a damaged one."""
+    try:
+        with place.open("rb") as file:
+            array: np.ndarray = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError, ArithmeticError, MemoryError):
+        return None
+    whole = array.shape == (count, 1, COEFFICIENTS, FRAMES) and array.dtype == np.float32
+    return array if whole and np.isfinite(array).all() else None
+
+
 def _kept(place: Path, array: np.ndarray) -> bool:
     """Writes the array whole or not at all; False where that is not possible."""
-    temporary = place.with_name(f"{place.name}.{os.getpid()}.tmp")
+    content = io.BytesIO()
+    np.save(content, array)
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            np.save(file, array)
-        os.replace(temporary, place)
-    except OSError:
+        write_atomically(place, content.getvalue())
+    except RunFolderError:
         return False
     return True
 
 
 def _mfcc(clips: Sequence[Clip]) -> np.ndarray:
     librosa, _ = _libraries()
-    frames = int(RATE * CLIP_SECONDS) // HOP + 1
-    result = np.empty((len(clips), 1, COEFFICIENTS, frames), dtype=np.float32)
+    result = np.empty((len(clips), 1, COEFFICIENTS, FRAMES), dtype=np.float32)
     for start in with_bar(range(0, len(clips), _AT_ONCE), "Computing MFCCs"):
         waves = np.stack([_wave(clip) for clip in clips[start : start + _AT_ONCE]])
         options = {"sr": RATE, "n_mfcc": COEFFICIENTS, "n_fft": WINDOW, "hop_length": HOP, "n_mels": MELS}
@@ -115,6 +127,8 @@ def _wave(clip: Clip) -> np.ndarray:
             rate = file.samplerate
     except (OSError, RuntimeError) as error:
         raise DataError(f"The sound file {clip.path} cannot be read: {error}") from error
+    if not np.isfinite(wave).all():
+        raise DataError(f"The sound file {clip.path} has values that are NaN or infinite.")
     wave = librosa.resample(wave, orig_sr=rate, target_sr=RATE) if rate != RATE else wave
     length = int(RATE * CLIP_SECONDS)
     return np.pad(wave[:length], (0, max(0, length - len(wave))))

@@ -8,6 +8,7 @@ do the same in half the passes.
 """
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,8 +17,29 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedl2p.core.distributed import Shards
-from fedl2p.core.layer_replacements import substitute
+from fedl2p.core.layer_replacements import replacement_of
 from fedl2p.errors import ModelError
+
+
+@dataclass(frozen=True)
+class ForwardMode:
+    """How a forward pass of a `MixedBatchNorm` is run; a `FunctionalModel` sets it for the time of a call.
+
+    Attributes:
+        differentiable_statistics: whether gradients flow into the new running statistics. Off in ordinary use, where
+            the graphs of all steps would pile up.
+        fused: whether nothing but the first derivatives by inputs, weight and bias will be asked for, and no transform
+            of `torch.func` is at work, so that PyTorch's kernels may do training mode.
+        shards: who shares the batches, while several processes do; statistics are then those of the whole batch.
+    """
+
+    differentiable_statistics: bool = False
+    fused: bool = False
+    shards: Shards | None = None
+
+
+FUNCTIONAL = ForwardMode(differentiable_statistics=True)
+FUSED = ForwardMode(differentiable_statistics=True, fused=True)
 
 
 class _MixedInKernels(torch.autograd.Function):
@@ -83,11 +105,7 @@ class MixedBatchNorm(nn.Module):
         num_batches_tracked: 0-d, kept only where `momentum` is None (a cumulative average).
         layer_name: the layer's name in its model, for error messages.
         activation: what timm's `BatchNormAct2d` does after normalizing; None for others.
-        shards: who shares the batches, while several processes do; statistics are then those of the whole batch.
-        differentiable_statistics: whether gradients flow into the new running statistics. Off in ordinary use, where
-            the graphs of all steps would pile up; a `FunctionalModel` turns it on while it runs.
-        first_order: whether nothing but the first derivatives by inputs, weight and bias will be asked for, and no
-            transform of `torch.func` is at work. Off, but for the inner loop of a client that goes alone.
+        forward_mode: how forward passes are run.
     """
 
     dims: tuple[int, ...] = ()
@@ -115,9 +133,7 @@ class MixedBatchNorm(nn.Module):
         self.eps = source.eps
         self.momentum = source.momentum
         self.layer_name = layer_name
-        self.differentiable_statistics = False
-        self.first_order = False
-        self.shards: Shards | None = None
+        self.forward_mode = ForwardMode()
         self.weight = copy.deepcopy(source.weight)
         self.bias = copy.deepcopy(source.bias)
         self.register_buffer("running_mean", source.running_mean.detach().clone())
@@ -158,11 +174,11 @@ class MixedBatchNorm(nn.Module):
         return outputs if self.activation is None else self.activation(outputs)
 
     def _kernels_fit(self, inputs: Tensor) -> bool:
-        if not (self.training and self.first_order) or self.weight is None or self.bias is None:
+        if not (self.training and self.forward_mode.fused) or self.weight is None or self.bias is None:
             return False
         wide = self.weight.dtype
         half = inputs.dtype in (torch.float16, torch.bfloat16) and wide == torch.float32
-        return inputs.device.type == "cpu" and self.shards is None and (inputs.dtype == wide or half)
+        return inputs.device.type == "cpu" and self.forward_mode.shards is None and (inputs.dtype == wide or half)
 
     def _in_kernels(self, inputs: Tensor) -> Tensor:
         values = self._values(inputs)
@@ -200,14 +216,17 @@ class MixedBatchNorm(nn.Module):
     def _sum(self, inputs: Tensor, dtype: torch.dtype) -> Tensor:
         """By channel, over the whole batch."""
         own = inputs.sum([0, *range(2, inputs.dim())], dtype=dtype)
-        return own if self.shards is None else self.shards.from_shards(own)[0]
+        shards = self.forward_mode.shards
+        return own if shards is None else shards.from_shards(own)[0]
 
     def _on_samples(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tensors if self.shards is None else self.shards.to_shards(*tensors)
+        shards = self.forward_mode.shards
+        return tensors if shards is None else shards.to_shards(*tensors)
 
     def _values(self, inputs: Tensor) -> int:
         """How many values a channel has."""
-        samples = len(inputs) if self.shards is None else self.shards.total
+        shards = self.forward_mode.shards
+        samples = len(inputs) if shards is None else shards.total
         values = samples * inputs.shape[2:].numel()
         if values < 2:
             raise ModelError(
@@ -219,7 +238,7 @@ class MixedBatchNorm(nn.Module):
     def _move_running(self, mean: Tensor, var: Tensor, values: int) -> None:
         """Replaces the running statistics by new tensors, moved towards those of a batch."""
         unbias = values / (values - 1)
-        if not self.differentiable_statistics:
+        if not self.forward_mode.differentiable_statistics:
             mean, var = mean.detach(), var.detach()
         if self.momentum is None:
             self.num_batches_tracked = self.num_batches_tracked + 1
@@ -268,7 +287,7 @@ def convert_batchnorm(model: nn.Module) -> nn.Module:
 
     The copy predicts what `model` predicts in evaluation mode. A module that stands in several places stands in the
     same places of the copy, converted once. Models without batch norm are copied as they are. Layers that
-    hypergradients or `torch.vmap` cannot pass are replaced by others that answer the same (see `substitute`).
+    hypergradients or `torch.vmap` cannot pass are replaced by others that answer the same (see `replacement_of`).
 
     Args:
         model: any module with `BatchNorm1d`, `2d` or `3d` at any depth. It is not changed.
@@ -286,7 +305,7 @@ def convert_batchnorm(model: nn.Module) -> nn.Module:
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm):
             memo[id(module)] = _convert_layer(module, name)
-        elif (other := substitute(module)) is not None:
+        elif (other := replacement_of(module)) is not None:
             memo[id(module)] = other
     return copy.deepcopy(model, memo)
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 
 class _ToShards(torch.autograd.Function):
@@ -92,11 +93,10 @@ def total_count(count: int, group: Any) -> int:
     return int(total)
 
 
-def own_part(batch: tuple[Tensor, Tensor], group: Any) -> tuple[Tensor, Tensor]:
-    """This process's part of a batch that all processes have."""
+def own_part(batch: Any, group: Any) -> Any:
+    """This process's part of a batch, any structure of tensors, that all processes have."""
     rank, size = dist.get_rank(group), dist.get_world_size(group)
-    inputs, targets = batch
-    return inputs.tensor_split(size)[rank], targets.tensor_split(size)[rank]
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor.tensor_split(size)[rank], batch)
 
 
 def common_seed(group: Any) -> int:

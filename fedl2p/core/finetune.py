@@ -4,36 +4,18 @@ Nothing here holds state or changes a tensor that the caller holds, so one funct
 `torch.vmap`, a cohort of clients.
 """
 
-import warnings
-from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import grad_and_value
+from torch.utils import _pytree as pytree
 
-from fedl2p.core.distributed import total_count
-from fedl2p.core.functional import Batch, FunctionalModel, Tensors, gradients_or_zeros, recorded
+from fedl2p.core.differentiation import FUNC_TRANSFORMS, Differentiation
+from fedl2p.core.functional import Batch, FunctionalModel, InnerState, Tensors, concatenate
+from fedl2p.core.settings import BatchNormMode, RunningStart, word
 from fedl2p.core.statistics import ClientStatistics
-from fedl2p.errors import ConfigError, ModelError
-
-RunningStart = Literal["measured", "zero_one"]
-EvaluationStatistics = Literal["running", "batch"]
-
-HALF_SCALE = 1024.0  # a power of two, so that scaling rounds nothing
-
-
-def _gradient_scale(device_type: str) -> float:
-    """What the training loss is multiplied by while it is differentiated: small gradients vanish in half precision."""
-    half = torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) == torch.float16
-    return HALF_SCALE if half else 1.0
-
-
-class InnerState(NamedTuple):
-    """Where fine-tuning stands: theta_i and the buffers (with the client's running statistics), by name."""
-
-    parameters: Tensors
-    buffers: Tensors
+from fedl2p.errors import ModelError
 
 
 class FineTuned(NamedTuple):
@@ -51,16 +33,19 @@ class FineTuned(NamedTuple):
 
 
 def initial_running(
-    model: FunctionalModel, buffers: Tensors, statistics: ClientStatistics, *, start: RunningStart = "measured"
+    model: FunctionalModel,
+    buffers: Tensors,
+    client_statistics: ClientStatistics,
+    *,
+    start: RunningStart = RunningStart.measured,
 ) -> Tensors:
     """The running statistics that a client's fine-tuning starts from.
 
     Args:
         model: the model.
         buffers: the global model's buffers.
-        statistics: the client's.
-        start: `measured`: those of the client's training data in the pretrained model (exact where beta is 0, near
-            elsewhere). `zero_one`: mean 0 and variance 1, as in the authors' code.
+        client_statistics: of the client's training data.
+        start: see `RunningStart`.
 
     Returns:
         The buffers that take the place of the global model's, by name.
@@ -69,16 +54,15 @@ def initial_running(
         ConfigError: an unknown `start`.
         ModelError: the statistics are of another model.
     """
-    if start not in ("measured", "zero_one"):
-        raise ConfigError(f"The running statistics cannot start at '{start}'; allowed are 'measured' and 'zero_one'.")
-    if tuple(statistics.channel_mean) != model.batchnorm_names:
+    start = word(RunningStart, start, "running_start")
+    if tuple(client_statistics.channel_mean) != model.batchnorm_names:
         raise ModelError("The statistics were collected with another model: their batch-norm layers differ.")
     result: Tensors = {}
     for name in model.batchnorm_names:
         mean, var = buffers[f"{name}.running_mean"], buffers[f"{name}.running_var"]
-        if start == "measured":
-            result[f"{name}.running_mean"] = statistics.channel_mean[name].to(mean)
-            result[f"{name}.running_var"] = statistics.channel_var[name].to(var)
+        if start is RunningStart.measured:
+            result[f"{name}.running_mean"] = client_statistics.channel_mean[name].to(mean)
+            result[f"{name}.running_var"] = client_statistics.channel_var[name].to(var)
         else:
             result[f"{name}.running_mean"] = torch.zeros_like(mean)
             result[f"{name}.running_var"] = torch.ones_like(var)
@@ -87,84 +71,7 @@ def initial_running(
     return result
 
 
-def inner_step(
-    model: FunctionalModel, state: InnerState, batch: Batch, beta: Tensor, rates: Tensors
-) -> tuple[InnerState, Tensor]:
-    """One SGD step with a rate for each tensor; theta - eta * gradient.
-
-    Args:
-        model: the model.
-        state: where to start.
-        batch: inputs and targets.
-        beta: shape (B,).
-        rates: 0-d rates by parameter name; a parameter without one is left alone and costs no gradient.
-
-    Returns:
-        The new state, and the training loss before the step.
-    """
-    frozen = {name: p for name, p in state.parameters.items() if name not in rates}
-    scale = _gradient_scale(beta.device.type)
-
-    def loss(trained: Tensors) -> tuple[Tensor, Tensors]:
-        value, buffers = model.loss({**frozen, **trained}, state.buffers, beta, batch, training=True)
-        return value if scale == 1.0 else value * scale, buffers
-
-    trained = {name: state.parameters[name] for name in rates}
-    gradients: Tensors
-    if not trained:
-        gradients, (value, buffers) = {}, loss(trained)
-    elif model.takes_autograd(state, batch, beta):
-        with model.first_order():
-            gradients, (value, buffers) = _autograd(loss, trained)
-    else:
-        gradients, (value, buffers) = grad_and_value(loss, has_aux=True)(trained)
-    if scale != 1.0:
-        value, gradients = value / scale, {name: g / scale for name, g in gradients.items()}
-    moved = {
-        name: torch.addcmul(p, rates[name].to(p.dtype), gradients[name].to(p.dtype), value=-1)
-        for name, p in trained.items()
-    }
-    # The model's own order of parameters is kept.
-    return InnerState({name: moved.get(name, p) for name, p in state.parameters.items()}, buffers), value
-
-
-def _autograd(
-    loss: Callable[[Tensors], tuple[Tensor, Tensors]], trained: Tensors
-) -> tuple[Tensors, tuple[Tensor, Tensors]]:
-    """What `grad_and_value(loss, has_aux=True)` gives, without its price."""
-    with recorded():
-        leaves = {name: p.detach().requires_grad_() for name, p in trained.items()}
-        value, buffers = loss(leaves)
-        gradients = gradients_or_zeros(value, list(leaves.values()))
-    return dict(zip(leaves, gradients, strict=True)), (value.detach(), {n: b.detach() for n, b in buffers.items()})
-
-
-class CompiledStep:
-    """`inner_step`, compiled by torch for each shape at its first use, or as it is where that cannot be done.
-
-    Compiling takes a minute or more a shape; on a CPU the step of a client that goes alone is faster as it is
-    (docs/speed.md). Under `torch.vmap` torch runs the step as it is.
-    """
-
-    def __init__(self) -> None:
-        """Prepares; nothing is compiled yet."""
-        self._step: Callable[..., tuple[InnerState, Tensor]] = torch.compile(inner_step, dynamic=False)
-
-    def __call__(
-        self, model: FunctionalModel, state: InnerState, batch: Batch, beta: Tensor, rates: Tensors
-    ) -> tuple[InnerState, Tensor]:
-        """See `inner_step`."""
-        try:
-            return self._step(model, state, batch, beta, rates)
-        except RuntimeError as error:  # the base of whatever torch's compilers raise
-            done = inner_step(model, state, batch, beta, rates)  # which raises what is not the compiler's fault
-            self._step = inner_step
-            reason = str(error).strip().partition("\n")[0]
-            warnings.warn(f"torch cannot compile the inner step, and goes on without: {reason}", stacklevel=2)
-            return done
-
-
-def trained_names(model: FunctionalModel, eta: Tensor) -> tuple[str, ...]:
+def active_parameters(model: FunctionalModel, eta: Tensor) -> tuple[str, ...]:
     """Names of the tensors that fine-tuning moves: eta is not exactly 0, for any client of a cohort.
 
     Args:
@@ -183,7 +90,8 @@ def finetune(
     eta: Tensor,
     *,
     history: int = 0,
-    trained: Sequence[str] | None = None,
+    active: Sequence[str] | None = None,
+    differentiation: Differentiation = FUNC_TRANSFORMS,
 ) -> FineTuned:
     """The inner loop (line 9 of Algorithm 1): one SGD step a batch; no graph is kept.
 
@@ -194,31 +102,31 @@ def finetune(
         beta: shape (B,).
         eta: shape (P,).
         history: how many of the last states to keep for a hypergradient.
-        trained: names of the tensors to move (see `trained_names`); None moves all. Those left out must have eta 0.
+        active: names of the tensors to move (see `active_parameters`); None moves all. Those left out must have eta 0.
+        differentiation: how gradients are taken.
 
     Returns:
         The final state, the kept history and the training losses.
     """
     beta, eta = beta.detach(), eta.detach()
     rates = dict(zip(model.parameter_names, eta.unbind(-1), strict=True))
-    if trained is not None:
-        rates = {name: rates[name] for name in trained}
+    if active is not None:
+        rates = {name: rates[name] for name in active}
     kept: list[InnerState] = []
     losses: list[Tensor] = []
-    step = model.compiled or inner_step
     for number, batch in enumerate(batches):
         if number >= len(batches) - history:
             kept.append(state)
-        state, loss = step(model, state, batch, beta, rates)
+        state, loss = differentiation.inner_step(model, state, batch, beta, rates)
         losses.append(loss)
     return FineTuned(state, tuple(kept), torch.stack(losses) if losses else beta.new_zeros(0))
 
 
-def evaluation_batches(batches: Sequence[Batch], statistics: EvaluationStatistics) -> list[Batch]:
+def evaluation_batches(batches: Sequence[Batch], bn_mode: BatchNormMode) -> list[Batch]:
     """The batches that evaluation runs on: as they are, or all as one where their own statistics count."""
-    if statistics == "running" or len(batches) < 2:
+    if bn_mode == BatchNormMode.running or len(batches) < 2:
         return list(batches)
-    return [(torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches]))]
+    return [concatenate(batches)]
 
 
 def evaluation_loss(
@@ -227,7 +135,7 @@ def evaluation_loss(
     beta: Tensor,
     batches: Sequence[Batch],
     *,
-    statistics: EvaluationStatistics = "running",
+    bn_mode: BatchNormMode = BatchNormMode.running,
 ) -> Tensor:
     """L_V: the mean validation loss over all samples of `batches` in evaluation mode, 0-d.
 
@@ -236,15 +144,58 @@ def evaluation_loss(
         state: parameters and buffers.
         beta: shape (B,).
         batches: the data.
-        statistics: what beta mixes with the pretrained statistics: the client's `running` ones, or those of the whole
-            data as one `batch` (as FT (BN I) tests).
+        bn_mode: what beta mixes with the pretrained statistics.
     """
-    batches = evaluation_batches(batches, statistics)
-    counts = [total_count(len(targets), model.group) for _, targets in batches]
+    batches = evaluation_batches(batches, bn_mode)
+    counts = [model.count_samples(batch) for batch in batches]
     terms = []
     for (inputs, targets), count in zip(batches, counts, strict=True):
-        outputs, _ = model(
-            state.parameters, state.buffers, beta, inputs, training=False, batch_statistics=statistics == "batch"
-        )
+        outputs = predict(model, state, beta, inputs, bn_mode=bn_mode)
         terms.append(model.mean_over_samples(model.val_loss_fn, outputs, targets) * (count / sum(counts)))
     return torch.stack(terms).sum()
+
+
+def predict(
+    model: FunctionalModel,
+    state: InnerState,
+    beta: Tensor,
+    inputs: Any,
+    *,
+    bn_mode: BatchNormMode = BatchNormMode.running,
+) -> Any:
+    """The model's outputs for a batch's inputs in evaluation mode; arguments as in `evaluation_loss`."""
+    own = bn_mode == BatchNormMode.batch
+    return model(state.parameters, state.buffers, beta, inputs, training=False, batch_statistics=own)[0]
+
+
+def evaluate(
+    model: FunctionalModel,
+    state: InnerState,
+    beta: Tensor,
+    batches: Sequence[Batch],
+    *,
+    bn_mode: BatchNormMode = BatchNormMode.running,
+) -> tuple[Any, Tensor, Tensor]:
+    """Outputs and losses of a personalized model; arguments as in `evaluation_loss`.
+
+    Returns:
+        The outputs of all samples, in order, their mean loss (`loss_fn`) and validation loss (`val_loss_fn`), 0-d.
+    """
+    parts = [predict(model, state, beta, inputs, bn_mode=bn_mode) for inputs, _ in evaluation_batches(batches, bn_mode)]
+    outputs = concatenate(parts) if len(parts) > 1 else parts[0]
+    targets = concatenate([targets for _, targets in batches])
+    return outputs, model.loss_fn(outputs, targets), model.val_loss_fn(outputs, targets)
+
+
+def to_model(batches: Sequence[Batch], model: FunctionalModel) -> list[Batch]:
+    """The batches on the model's device, with its floating-point type."""
+    reference = next(model.module.parameters(), torch.zeros(()))
+
+    def place(tensor: Tensor) -> Tensor:
+        return tensor.to(reference) if tensor.is_floating_point() else tensor.to(reference.device)
+
+    def placed(batch: Batch) -> Batch:
+        inputs, targets = batch
+        return pytree.tree_map_only(Tensor, place, inputs), pytree.tree_map_only(Tensor, place, targets)
+
+    return [placed(batch) for batch in batches]

@@ -1,10 +1,10 @@
-"""A model as a pure function of its tensors, and how derivatives of it are taken."""
+"""A model as a pure function of its tensors."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,15 +12,22 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
-from fedl2p.core.batchnorm import MixedBatchNorm, batchnorm_names
-from fedl2p.core.distributed import Shards
-
-if TYPE_CHECKING:
-    from fedl2p.core.finetune import CompiledStep
+from fedl2p.core.batchnorm import FUNCTIONAL, FUSED, ForwardMode, MixedBatchNorm, batchnorm_names
 
 Tensors = dict[str, Tensor]
-Batch = tuple[Tensor, Tensor]
-LossFunction = Callable[[Tensor, Tensor], Tensor]
+Inputs = Any
+"""What a model takes: a tensor, a tuple of tensors (positional arguments), or a dict of them (keyword arguments)."""
+Batch = tuple[Inputs, Any]
+"""Inputs and targets; samples are along the first dimension of every tensor."""
+LossFunction = Callable[[Any, Any], Tensor]
+"""(outputs, targets) -> mean loss over the batch, 0-d."""
+
+
+class InnerState(NamedTuple):
+    """Where fine-tuning stands: theta_i and the buffers (with the client's running statistics), by name."""
+
+    parameters: Tensors
+    buffers: Tensors
 
 
 def expected_error(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -36,10 +43,22 @@ def expected_error(outputs: Tensor, targets: Tensor) -> Tensor:
     return 1 - outputs.softmax(-1).gather(-1, targets[:, None]).mean()
 
 
-VALIDATION_LOSSES: dict[str, LossFunction] = {
-    "cross_entropy": nn.functional.cross_entropy,
-    "expected_error": expected_error,
-}
+def batch_size(tensors: Any) -> int:
+    """Samples in a structure of tensors, along the first dimension."""
+    return len(next(leaf for leaf in pytree.tree_leaves(tensors) if isinstance(leaf, Tensor)))
+
+
+def concatenate(structures: Sequence[Any]) -> Any:
+    """Joins equal structures of tensors along their first dimension."""
+    flat = [pytree.tree_flatten(structure) for structure in structures]
+    joined = [torch.cat(leaves) for leaves in zip(*(leaves for leaves, _ in flat), strict=True)]
+    return pytree.tree_unflatten(joined, flat[0][1])
+
+
+def split_running(buffers: Tensors) -> tuple[Tensors, Tensors]:
+    """Splits buffers in those that a gradient can reach (the client's running statistics) and all others."""
+    running = {name: b for name, b in buffers.items() if name.rpartition(".")[2] in ("running_mean", "running_var")}
+    return running, {name: b for name, b in buffers.items() if name not in running}
 
 
 @contextmanager
@@ -53,23 +72,24 @@ def _uncached_autocast() -> Iterator[None]:
         torch.set_autocast_cache_enabled(before)
 
 
+def arguments_of(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The positional and keyword arguments with which a model is called on a batch's inputs."""
+    if isinstance(inputs, dict):
+        return (), inputs
+    return (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}
+
+
 @dataclass(frozen=True, eq=False)
 class FunctionalModel:
-    """A converted model as a pure function of its tensors, and the loss it is trained with.
+    """A converted model as a pure function of its tensors, and the losses it is trained with.
 
     Attributes:
         module: a model from `convert_batchnorm`; only its structure is used, and its training mode is left as the last
             call needed it.
-        loss_fn: (outputs, targets) -> mean loss over the batch, 0-d; what fine-tuning lowers (L_T).
-        val_loss_fn: likewise; what the nets lower and what everything is selected by (L_V).
+        loss_fn: what fine-tuning lowers (L_T).
+        val_loss_fn: what the nets lower and what everything is selected by (L_V).
         batchnorm_names: the B mixed layers, in the order of beta.
         parameter_names: the P parameter tensors, in the order of eta.
-        group: the processes that share each batch, as `torch.distributed` knows them; None is this one alone.
-        compiled: `inner_step`, compiled, which `finetune` then takes; None is as it is.
-        alone: whether this is for one client, outside of the transforms of `torch.func`; `torch.autograd` then takes
-            derivatives, which is faster, unless steps are compiled.
-        fused_batchnorm: whether the inner steps of a client alone take batch norms in PyTorch's kernels; faster for
-            large networks, and with a rounding of their own.
     """
 
     module: nn.Module
@@ -77,10 +97,6 @@ class FunctionalModel:
     val_loss_fn: LossFunction
     batchnorm_names: tuple[str, ...]
     parameter_names: tuple[str, ...]
-    group: Any = None
-    compiled: "CompiledStep | None" = None
-    alone: bool = False
-    fused_batchnorm: bool = False
 
     @classmethod
     def of(
@@ -107,107 +123,69 @@ class FunctionalModel:
         parameters: Tensors,
         buffers: Tensors,
         beta: Tensor,
-        inputs: Tensor,
+        inputs: Inputs,
         *,
         training: bool,
         batch_statistics: bool | None = None,
-    ) -> tuple[Tensor, Tensors]:
+        fused: bool = False,
+    ) -> tuple[Any, Tensors]:
         """Runs the model.
 
         Args:
             parameters: every parameter, by name.
             buffers: every buffer, by name; those of beta are replaced.
             beta: shape (B,).
-            inputs: a batch.
+            inputs: a batch's.
             training: training mode (batch statistics, dropout) or evaluation mode (running statistics).
             batch_statistics: whether the mixed batch norms take batch statistics; None follows `training`.
+            fused: whether training mode may be taken in PyTorch's kernels, which are differentiable once, by inputs
+                and parameters, by `torch.autograd` alone.
 
         Returns:
             The outputs, and the buffers afterwards (new tensors where the pass changed them).
         """
         self.module.train(training)
+        takes_batch = training if batch_statistics is None else batch_statistics
+        parameters, mode = self._spread(parameters, inputs, FUSED if fused else FUNCTIONAL, training or takes_batch)
         for layer in self._layers:
-            layer.differentiable_statistics = True
-            if batch_statistics is not None:
-                layer.train(batch_statistics)
+            layer.forward_mode = mode
+            layer.train(takes_batch)
         betas = {f"{name}.beta": value for name, value in zip(self.batchnorm_names, beta.unbind(-1), strict=True)}
         # Other layers (a tracking instance norm, say) write into their buffers, which are the caller's.
         kept = {name: b.clone() if training and not self._mixed(name) else b for name, b in buffers.items()}
-        if self.group is not None:
-            parameters = self._shared(parameters, inputs, training=training or bool(batch_statistics))
         state = {**parameters, **kept, **betas}
+        args, kwargs = arguments_of(inputs)
         # Of the kinds of attention only the one in plain arithmetic has second derivatives.
         # Modules may stand in several places, but no two share a tensor (convert_batchnorm), so nothing is tied.
         try:
             with _uncached_autocast(), sdpa_kernel(SDPBackend.MATH):
-                outputs = functional_call(self.module, state, (inputs,), tie_weights=False)
+                outputs = functional_call(self.module, state, args, kwargs, tie_weights=False)
         finally:
             for layer in self._layers:
-                layer.differentiable_statistics, layer.shards = False, None
+                layer.forward_mode = ForwardMode()
         return outputs, {name: state[name] for name in buffers}
-
-    def takes_autograd(self, *tensors: Any) -> bool:
-        """Whether `torch.autograd` takes derivatives at `tensors`, any structures of them, and not `torch.func`."""
-        if not self.alone or self.compiled is not None or torch.is_inference_mode_enabled():
-            return False
-        # Which cannot look back on tensors that were made in inference mode.
-        return not any(isinstance(leaf, Tensor) and leaf.is_inference() for leaf in pytree.tree_leaves(tensors))
-
-    @contextmanager
-    def first_order(self) -> Iterator[None]:
-        """While training mode is differentiated once, by parameters alone and by `torch.autograd`."""
-        for layer in self._layers:
-            layer.first_order = self.fused_batchnorm
-        try:
-            yield
-        finally:
-            for layer in self._layers:
-                layer.first_order = False
 
     def _mixed(self, tensor_name: str) -> bool:
         return tensor_name.rpartition(".")[0] in self.batchnorm_names
 
-    def _shared(self, parameters: Tensors, inputs: Tensor, *, training: bool) -> Tensors:
-        """Prepares for a batch of which this process has a part; mixed batch norms see to their own tensors."""
-        shards = Shards.of(self.group, len(inputs)) if training else Shards(self.group, 0)
-        for layer in self._layers:
-            layer.shards = shards
-        others = [name for name in parameters if not self._mixed(name)]
-        if not others:
-            return parameters
-        return {**parameters, **dict(zip(others, shards.to_shards(*(parameters[n] for n in others)), strict=True))}
+    def _spread(
+        self, parameters: Tensors, inputs: Inputs, mode: ForwardMode, sums: bool
+    ) -> tuple[Tensors, ForwardMode]:
+        """The parameters as they are used on samples, and the batch norms' mode; `sums`: over the whole batch."""
+        return parameters, mode
 
     def loss(
-        self, parameters: Tensors, buffers: Tensors, beta: Tensor, batch: Batch, *, training: bool
+        self, parameters: Tensors, buffers: Tensors, beta: Tensor, batch: Batch, *, training: bool, fused: bool = False
     ) -> tuple[Tensor, Tensors]:
-        """The mean loss over a batch, and the buffers afterwards; arguments as in `__call__`."""
+        """The mean loss over a batch (0-d), and the buffers afterwards; arguments as in `__call__`."""
         inputs, targets = batch
-        outputs, buffers = self(parameters, buffers, beta, inputs, training=training)
+        outputs, buffers = self(parameters, buffers, beta, inputs, training=training, fused=fused)
         return self.mean_over_samples(self.loss_fn, outputs, targets), buffers
 
-    def mean_over_samples(self, loss_fn: LossFunction, outputs: Tensor, targets: Tensor) -> Tensor:
-        """A mean loss, over the parts of all processes where they share the batch."""
-        if self.group is None:
-            return loss_fn(outputs, targets)
-        shards = Shards.of(self.group, len(targets))
-        # A process can be without samples; the mean over none would be NaN.
-        own = loss_fn(outputs, targets) * (len(targets) / shards.total) if len(targets) else 0.0 * outputs.sum()
-        return shards.from_shards(own)[0]
+    def mean_over_samples(self, loss_fn: LossFunction, outputs: Any, targets: Any) -> Tensor:
+        """A mean loss over the samples of a batch."""
+        return loss_fn(outputs, targets)
 
-
-@contextmanager
-def recorded() -> Iterator[None]:
-    """While `torch.autograd` records; what it would compute again in its backward pass is refused.
-
-    That would be computed at the module's own tensors, which `functional_call` has put back by then.
-    """
-    reason = "activation checkpointing (and other hooks on saved tensors) does not work here; switch it off"
-    with torch.enable_grad(), torch.autograd.graph.disable_saved_tensors_hooks(reason):
-        yield
-
-
-def gradients_or_zeros(value: Tensor, leaves: list[Tensor], *, create_graph: bool = False) -> list[Tensor]:
-    """`torch.autograd.grad`, with zeros for leaves that do not reach the value."""
-    if not value.requires_grad:
-        return [torch.zeros_like(leaf) for leaf in leaves]
-    return list(torch.autograd.grad(value, leaves, create_graph=create_graph, materialize_grads=True))
+    def count_samples(self, batch: Batch) -> int:
+        """Samples in a batch."""
+        return batch_size(batch[1])

@@ -32,7 +32,7 @@ class StochasticDepth(nn.Module):
         return inputs * torch.bernoulli(survivors) / (1 - self.p)
 
 
-def substitute(module: nn.Module) -> nn.Module | None:
+def replacement_of(module: nn.Module) -> nn.Module | None:
     """What takes the place of a module; None leaves it as it is."""
     kind = type(module)
     if kind is nn.Hardsigmoid:

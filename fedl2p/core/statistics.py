@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from fedl2p.core.batchnorm import MixedBatchNorm, batchnorm_names
+from fedl2p.core.functional import arguments_of, batch_size
 from fedl2p.errors import DataError
 
 SD_EPS = 1e-5  # under the square root of SD, as in the authors' code
@@ -78,7 +80,8 @@ def collect_statistics(model: nn.Module, batches: Iterable[Any]) -> ClientStatis
     Args:
         model: a model from `convert_batchnorm`, with its pretrained parameters. It is run in evaluation mode with
             beta 0, that is as pretrained, and left as it was found.
-        batches: tensors of inputs, or (inputs, targets) pairs: the training data, without augmentation.
+        batches: the training data, without augmentation: (inputs, targets) pairs as `Batch` has them, or inputs alone
+            where those are a tensor or a dict.
 
     Returns:
         The statistics, in the model's floating-point type.
@@ -102,10 +105,11 @@ def collect_statistics(model: nn.Module, batches: Iterable[Any]) -> ClientStatis
         for name, beta in betas.items():
             modules[name].beta = torch.zeros_like(beta)
         for batch in batches:
-            inputs = (batch[0] if isinstance(batch, list | tuple) else batch).to(device)
+            inputs = batch[0] if isinstance(batch, list | tuple) else batch
+            args, kwargs = arguments_of(pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), inputs))
             with torch.autocast(device.type, enabled=False):
-                model(inputs)
-            num_samples += len(inputs)
+                model(*args, **kwargs)
+            num_samples += batch_size(inputs)
     finally:
         for handle in handles:
             handle.remove()

@@ -3,28 +3,32 @@
 import functools
 import importlib
 import inspect
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from flwr.clientapp import ClientApp
+from lightning.fabric import Fabric
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
+from torch import nn
 
-from fedl2p.core.batchnorm import convert_batchnorm
-from fedl2p.core.finetune import InnerState, finetune
-from fedl2p.core.functional import VALIDATION_LOSSES, FunctionalModel
-from fedl2p.core.hypergradients import ESTIMATORS, HypergradientEstimator, MetaProblem
+from fedl2p.core.batchnorm import batchnorm_names, convert_batchnorm
+from fedl2p.core.episode import Episode
+from fedl2p.core.functional import FunctionalModel, expected_error
+from fedl2p.core.hypergradients import ESTIMATORS, HypergradientEstimator
+from fedl2p.core.learner import Learner
 from fedl2p.core.meta_nets import MetaNets
+from fedl2p.core.statistics import learnable_layer_names
 from fedl2p.datamodules.base.federated import FederatedDataModule
 from fedl2p.errors import ConfigError, DataError, FedL2PError, ModelError
-from fedl2p.experiment.config import COHORT_PRECISIONS, ComponentConfig, Config, from_yaml, to_yaml, trainer_only
-from fedl2p.federation.checkpoint import load_tensors
+from fedl2p.experiment.config import from_yaml, to_yaml, trainer_only
+from fedl2p.experiment.folder import RunFolder
+from fedl2p.experiment.schema import ComponentConfig, Config, ValidationLoss
 from fedl2p.federation.client_app import add_identity_handler, add_meta_handlers
+from fedl2p.federation.fedavg import add_pretrain_handler
 from fedl2p.federation.runtime import ClientRuntime, quiet_trainer
-from fedl2p.pretraining.fedavg import LocalTraining, add_pretrain_handler
+from fedl2p.io import load_tensors
+from fedl2p.pretraining.fedavg import LocalTraining
 from fedl2p.seeding import derive_seed
 
 GLOBAL_MODEL = "global_model.safetensors"  # in a run's folder
@@ -33,6 +37,9 @@ GLOBAL_MODEL = "global_model.safetensors"  # in a run's folder
 def import_object(path: str, key: str) -> Any:
     """Imports the class or function `package.module.name`.
 
+    Class paths that begin with `datamodules.` or `callbacks.` are also looked up below `fedl2p.`, where those packages
+    are installed; a package of that name of the user's own comes first.
+
     Args:
         path: the import path; any module that Python finds, also outside this project.
         key: the configuration key, for the error.
@@ -40,16 +47,31 @@ def import_object(path: str, key: str) -> Any:
     Raises:
         ConfigError: there is no such module, or no such class or function in it.
     """
-    module_name, _, name = path.rpartition(".")
     try:
-        found = getattr(importlib.import_module(module_name), name) if module_name else None
+        found = _imported(path)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise ConfigError(f"{key} '{path}' cannot be imported: {error}.") from error
+        found = _imported_from_ours(path)
+        if found is None:
+            raise ConfigError(f"{key} '{path}' cannot be imported: {error}.") from error
     if not callable(found):
         raise ConfigError(
             f"{key} is '{path}'; allowed is the import path of a class or function, as package.module.Name."
         )
     return found
+
+
+def _imported(path: str) -> Any:
+    module_name, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module_name), name) if module_name else None
+
+
+def _imported_from_ours(path: str) -> Any:
+    if path.partition(".")[0] not in ("datamodules", "callbacks"):
+        return None
+    try:
+        return _imported(f"fedl2p.{path}")
+    except (ImportError, AttributeError):
+        return None
 
 
 def instantiate(component: ComponentConfig, key: str, *, kind: type) -> Any:
@@ -103,6 +125,7 @@ def build_data(config: Config) -> FederatedDataModule:
     try:
         data.prepare_data()
         data.setup()
+        data.check()
         seen = len(data.pool("seen"))
     except DataError as error:
         raise ConfigError(f"data.init_args: {error}") from error
@@ -131,7 +154,7 @@ def build_model(config: Config) -> nn.Module:
         convert_batchnorm(model)
     except (FedL2PError, LookupError) as error:
         raise ConfigError(f"model: {error}") from error
-    return model
+    return model.double() if str(config.trainer.get("precision")).startswith("64") else model
 
 
 def check_model(config: Config, data: FederatedDataModule, model: nn.Module) -> None:
@@ -140,7 +163,8 @@ def check_model(config: Config, data: FederatedDataModule, model: nn.Module) -> 
     Raises:
         ConfigError: the model does not take the data, or cannot be differentiated as the estimator needs.
     """
-    estimator, inputs = build_estimator(config), torch.zeros((2, *data.input_shape))
+    reference = next(model.parameters(), torch.zeros(()))
+    inputs = reference.detach().new_zeros((2, *data.input_shape))
     try:
         with torch.no_grad():
             outputs = model.eval()(inputs)
@@ -150,20 +174,19 @@ def check_model(config: Config, data: FederatedDataModule, model: nn.Module) -> 
         raise ConfigError(
             f"model: it answers with the shape {tuple(outputs.shape[1:])}; the data have {data.num_classes} classes."
         )
-    stacked = FunctionalModel.of(convert_batchnorm(model).requires_grad_(False))
-
-    def val_loss(inputs: Tensor, functional: FunctionalModel) -> Tensor:
-        batch = inputs, torch.zeros(2, dtype=torch.int64)
-        beta, eta = torch.zeros(len(functional.batchnorm_names)), torch.zeros(len(functional.parameter_names))
-        start = InnerState(*functional.tensors())
-        tuned = finetune(functional, start, [batch], beta, eta, history=estimator.history(1))
-        return estimator(functional, MetaProblem(tuned, [batch], batch, [batch], beta, eta)).val_loss
-
+    converted = convert_batchnorm(model).requires_grad_(False)
+    learner = Learner(
+        FunctionalModel.of(converted), MetaNets(converted).to(reference), estimator=build_estimator(config)
+    )
+    batch = inputs, torch.zeros(2, dtype=torch.int64)
+    xi, moments = len(batchnorm_names(converted)), 2 * len(learnable_layer_names(converted))
+    net_inputs = inputs.new_zeros(xi), inputs.new_zeros(moments), inputs.new_ones(())
+    episode = Episode(net_inputs, {}, [batch], [batch], loss_batch=batch)
+    # As do large networks, and clients who find no other of their size; and as a cohort.
+    cohorts = (1,) if config.federation.cohort_size == 1 else (1, 2)
     try:
-        if cohort_size(config) != 1:
-            torch.vmap(partial(val_loss, functional=stacked), randomness="different")(inputs[None])
-        # As do large networks, and clients who find no other of their size.
-        val_loss(inputs, replace(stacked, alone=True))
+        for clients in cohorts:
+            learner.meta_update([learner.lambda_()] * clients, [[episode] * clients])
     except RuntimeError as error:
         raise ConfigError(
             f"model: a hypergradient by {config.hypergradient.name!r} cannot pass it: {error}. Second derivatives are "
@@ -207,41 +230,46 @@ def _known_trainer_keys(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def cohort_size(config: Config) -> int | None:
-    """How many clients are stacked at most; None is automatic, 1 where the Trainer is set up for what needs one."""
+    """How many clients are stacked at most; None is automatic, 1 where each needs a Trainer."""
     if config.federation.cohort_size != "auto":
         return int(config.federation.cohort_size)
     return 1 if trainer_only(config.trainer) else None
 
 
-def build_device(config: Config) -> torch.device:
-    """Where cohorts run: the device that a Lightning Trainer would take for `trainer.accelerator` and `devices`.
+def build_fabric(config: Config) -> Fabric:
+    """The device and the precision of all that clients do, as a Lightning Trainer would take them.
+
+    Half precision on a CPU is bfloat16 in any case, as in a Trainer.
 
     Raises:
         ConfigError: the machine has no such device.
     """
-    if cohort_size(config) == 1:
-        return torch.device("cpu")  # each client's Trainer moves what it needs
-    chosen = {key: value for key, value in config.trainer.items() if key in ("accelerator", "devices")}
-    if not chosen:
-        return torch.device("cpu")
-    trainer = call(lambda **arguments: quiet_trainer(arguments), chosen, "trainer")
-    return torch.device(trainer.strategy.root_device)
+    devices = config.trainer.get("devices", "auto")
+    settings = {
+        "accelerator": config.trainer.get("accelerator", "cpu"),
+        "devices": 1 if devices == "auto" else devices,
+    }
+    fabric: Fabric = call(Fabric, settings, "trainer")
+    precision = str(config.trainer.get("precision", "32"))
+    if not precision.endswith("-mixed"):
+        return fabric
+    precision = "bf16-mixed" if fabric.device.type == "cpu" else precision
+    half: Fabric = call(Fabric, settings | {"precision": precision}, "trainer")
+    return half
 
 
-def build_autocast(config: Config) -> torch.dtype | None:
-    """The type of the half precision that cohorts fine-tune in; None is none.
-
-    On a CPU it is bfloat16 in any case, as in a Lightning Trainer.
-    """
-    name = COHORT_PRECISIONS.get(str(config.trainer.get("precision", "32")))
-    if name is not None and build_device(config).type == "cpu":
-        name = "bfloat16"
-    return None if name is None else getattr(torch, name)
+def trainer_notice(config: Config) -> str | None:
+    """One line for the user where each client learns in a Trainer of its own; None where none does."""
+    keys = trainer_only(config.trainer)
+    if not keys:
+        return None
+    names = ", ".join(f"trainer.{key}" for key in keys)
+    return f"{names}: only a Trainer follows this, so each client learns in one of its own, which is slower."
 
 
 def build_training(config: Config, data: FederatedDataModule, model: nn.Module) -> LocalTraining:
     """The clients' side of FedAvg."""
-    settings, device = config.pretraining, build_device(config)
+    settings, device = config.pretraining, build_fabric(config).device
     data.to(device)
     return LocalTraining(
         data,
@@ -273,21 +301,23 @@ def build_remote_app(config: Config, folder: Path) -> ClientApp:
 
 
 @functools.cache
-def _remote_data(config_yaml: str) -> tuple[Config, FederatedDataModule]:
+def _remote_data(config_yaml: str, folder: str) -> tuple[Config, FederatedDataModule]:
     config = from_yaml(config_yaml)
     torch.set_num_threads(config.threads or 1)
-    return config, build_data(config)
+    data = build_data(config)
+    RunFolder(folder).require_same_data(data.fingerprint())
+    return config, data
 
 
 @functools.cache
 def _remote_training(config_yaml: str, folder: str) -> LocalTraining:
-    config, data = _remote_data(config_yaml)
+    config, data = _remote_data(config_yaml, folder)
     return build_training(config, data, build_model(config))
 
 
 @functools.cache
 def _remote_runtime(config_yaml: str, folder: str) -> ClientRuntime:
-    config, data = _remote_data(config_yaml)
+    config, data = _remote_data(config_yaml, folder)
     model = build_model(config)
     model.load_state_dict(load_tensors(Path(folder) / GLOBAL_MODEL))
     return build_runtime(config, data, model, base_lr=0.0, statistics_folder=Path(folder) / "statistics")
@@ -319,24 +349,26 @@ def build_runtime(
         log_divergence=config.meta_nets.log_divergence,
         initial_beta=config.meta_nets.initial_beta,
         sample_count=config.meta_nets.sample_count,
-    )
+    ).to(next(converted.parameters()).dtype)
     return ClientRuntime(
         data,
         converted,
         meta_nets,
         estimator=build_estimator(config),
-        meta_iterations=config.client.meta_iterations,
-        finetune_epochs=config.client.finetune_epochs,
-        meta_lr=dict(vars(config.client.meta_lr)),
-        clip_value=config.client.clip_value,
-        running_start=config.client.running_start,  # type: ignore[arg-type]  # checked by config.check
-        evaluation_statistics=config.client.evaluation_statistics,  # type: ignore[arg-type]  # likewise
-        val_loss_fn=VALIDATION_LOSSES[config.client.validation_loss],
+        settings=config.client,
+        val_loss_fn=expected_error if config.client.validation_loss is ValidationLoss.expected_error else None,
         cohort_size=cohort_size(config),
-        device=build_device(config),
-        autocast=build_autocast(config),
+        fabric=build_fabric(config),
         compile=config.client.compile,
         seed=config.seed,
-        trainer=config.trainer,
+        limits={part: config.trainer.get(f"limit_{part}_batches") for part in ("train", "val", "test")},
+        trainer=_trainer_arguments(config),
         statistics_folder=statistics_folder,
     )
+
+
+def _trainer_arguments(config: Config) -> dict[str, Any] | None:
+    """Of the Trainer that each client needs; None where none does. Its batches are limited before it gets them."""
+    if not trainer_only(config.trainer):
+        return None
+    return {key: value for key, value in config.trainer.items() if not key.startswith("limit_")}

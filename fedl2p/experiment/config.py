@@ -4,8 +4,7 @@ Nothing heavy is imported here: a typo is reported before torch is loaded.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -14,139 +13,19 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from fedl2p.errors import ConfigError
+from fedl2p.experiment.schema import Config
+from fedl2p.experiment.shipped_configs import configuration_path
+
+Source = str | Path | Mapping[str, Any] | Config
+"""A part of a configuration: the path of a YAML file, a `key=value` pair, nested keys and values, or a whole one."""
 
 
-@dataclass
-class ComponentConfig:
-    """A class by its import path, and its keyword arguments."""
-
-    class_path: str = "???"
-    init_args: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class PretrainingConfig:
-    """How theta_g is made: FedAvg on a pool (the paper's CIFAR-10 takes the seen one), or weights from a file."""
-
-    weights: str | None = None
-    pool: str = "pretrain"
-    rounds: int = 40
-    client_fraction: float = 1.0
-    epochs: int = 1
-    lr: float = 0.1
-    lr_drops: list[int] = field(default_factory=list)  # rounds from which on the rate is a tenth
-    momentum: float = 0.9
-
-
-@dataclass
-class MetaLearningRates:
-    """zeta, a rate for each part of lambda."""
-
-    bn_net: float = 1e-3
-    lr_net: float = 1e-3
-    base_lr: float = 1e-4
-
-
-@dataclass
-class ClientConfig:
-    """The client's side of Algorithm 1."""
-
-    finetune_epochs: int = 15
-    meta_iterations: int = 3
-    meta_lr: MetaLearningRates = field(default_factory=MetaLearningRates)
-    clip_value: float = 1.0
-    running_start: str = "measured"
-    evaluation_statistics: str = "running"
-    validation_loss: str = "cross_entropy"
-    compile: bool = False  # inner steps of clients that go one by one; a minute or more a shape; not faster on a CPU
-
-
-@dataclass
-class HypergradientConfig:
-    """The estimator and its arguments."""
-
-    name: str = "unrolled"
-    init_args: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class MetaNetsConfig:
-    """How the nets are built; a base_lr of null is the best rate of FT (BN C, G, I)."""
-
-    base_lr: float | None = None
-    initialization: str = "responsive"
-    log_divergence: bool = True
-    standardize: bool = True
-    initial_beta: float = 0.5
-    sample_count: bool = True
-
-
-@dataclass
-class RayConfig:
-    """What engine `ray` gives a client that is running; fractions of a GPU are shared."""
-
-    num_cpus: float = 1.0
-    num_gpus: float = 0.0
-
-
-@dataclass
-class FederationConfig:
-    """The rounds."""
-
-    rounds: int = 100
-    client_fraction: float = 0.1
-    patience: int = 100
-    engine: str = "local"
-    ray: RayConfig = field(default_factory=RayConfig)
-    cohort_size: Any = "auto"  # or a number; 1, and auto where trainer needs one, give each client a Trainer
-    validation_fraction: float = 1.0
-    min_reply_fraction: float = 0.5
-    meta_lr_decay: str = "none"
-
-
-@dataclass
-class BaselinesConfig:
-    """Which baselines run, and where the search for their rates starts."""
-
-    rates: list[float] = field(default_factory=lambda: [0.01, 0.03, 0.1, 0.3])
-    l2p: bool = True
-    shuffled: bool = True
-
-
-@dataclass
-class WandbConfig:
-    """The W&B run; a mode of null is online where somebody is logged in and offline elsewhere."""
-
-    enabled: bool = True
-    project: str = "fedl2p"
-    name: str | None = None
-    mode: str | None = None
-
-
-@dataclass
-class Config:
-    """Everything that a run needs."""
-
-    seed: int = 0
-    output_dir: str = "???"
-    threads: int | None = None  # of torch on the CPU; null leaves torch's choice
-    data: ComponentConfig = field(default_factory=ComponentConfig)
-    model: ComponentConfig = field(default_factory=ComponentConfig)
-    pretraining: PretrainingConfig = field(default_factory=PretrainingConfig)
-    client: ClientConfig = field(default_factory=ClientConfig)
-    hypergradient: HypergradientConfig = field(default_factory=HypergradientConfig)
-    meta_nets: MetaNetsConfig = field(default_factory=MetaNetsConfig)
-    federation: FederationConfig = field(default_factory=FederationConfig)
-    baselines: BaselinesConfig = field(default_factory=BaselinesConfig)
-    trainer: dict[str, Any] = field(default_factory=dict)
-    wandb: WandbConfig = field(default_factory=WandbConfig)
-
-
-def load_config(arguments: Sequence[str]) -> Config:
+def load_config(arguments: Sequence[Source]) -> Config:
     """Reads files and overrides in order; later ones win.
 
     Args:
-        arguments: paths of YAML files, and `key=value` pairs.
+        arguments: paths of YAML files, names of configurations that come with fedl2p, and `key=value` pairs; from
+            Python also dictionaries and configurations.
 
     Returns:
         The resolved, checked configuration.
@@ -156,20 +35,36 @@ def load_config(arguments: Sequence[str]) -> Config:
     """
     OmegaConf.register_resolver("now", lambda form: datetime.now().strftime(form), use_cache=True, replace=True)
     if all(_is_override(argument) for argument in arguments):
-        raise ConfigError("No configuration file is given; name one, for example configs/digits.yaml.")
-    merged = OmegaConf.structured(Config)
+        raise ConfigError("No configuration file is given; name one, for example digits (`fedl2p configs` lists them).")
+    merged = _schema()
     for argument in arguments:
-        part = _override(argument) if _is_override(argument) else _file(argument)
+        part = _part(argument)
         _drop_old_arguments(merged, part)
         try:
             merged = OmegaConf.merge(merged, part)
         except OmegaConfBaseException as error:
-            raise ConfigError(_explain(error, argument)) from None
+            raise ConfigError(_explain(error, str(argument))) from None
     return check(_resolved(merged))
 
 
-def _is_override(argument: str) -> bool:
-    return "=" in argument and not Path(argument).is_file()
+def _schema() -> Any:
+    """The keys and their defaults; sections of frozen dataclasses may be written until they are made."""
+    schema = OmegaConf.structured(Config)
+    OmegaConf.set_readonly(schema.client, False)
+    OmegaConf.set_readonly(schema.client.meta_lr, False)
+    return schema
+
+
+def _is_override(argument: Source) -> bool:
+    return isinstance(argument, str) and "=" in argument and not Path(argument).is_file()
+
+
+def _part(argument: Source) -> DictConfig:
+    if isinstance(argument, Config):
+        return OmegaConf.structured(argument)
+    if isinstance(argument, Mapping):
+        return OmegaConf.create(dict(argument))
+    return _override(str(argument)) if _is_override(argument) else _file(str(argument))
 
 
 def _drop_old_arguments(merged: Any, part: DictConfig) -> None:
@@ -181,7 +76,8 @@ def _drop_old_arguments(merged: Any, part: DictConfig) -> None:
             merged[key].init_args = {}
 
 
-def _file(path: str) -> DictConfig:
+def _file(argument: str) -> DictConfig:
+    path = configuration_path(argument)
     try:
         content = OmegaConf.load(path)
     except FileNotFoundError:
@@ -206,11 +102,18 @@ def _resolved(merged: Any) -> Config:
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
             raise ConfigError(f"The key '{missing[0]}' has no value; set it in the file or as {missing[0]}=...")
-        config = OmegaConf.to_object(merged)
+        # Section by section, since a section that checks itself does not know its own name.
+        return Config(**{str(name): _section(merged, str(name)) for name in merged})
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error, "the configuration")) from None
-    assert isinstance(config, Config)
-    return config
+
+
+def _section(merged: Any, name: str) -> Any:
+    section = merged[name]
+    try:
+        return OmegaConf.to_object(section) if OmegaConf.is_config(section) else section
+    except ConfigError as error:
+        raise ConfigError(f"{name}.{error}") from None
 
 
 def _explain(error: OmegaConfBaseException, source: str) -> str:
@@ -219,6 +122,9 @@ def _explain(error: OmegaConfBaseException, source: str) -> str:
     if isinstance(error, InterpolationResolutionError):
         return f"A ${{...}} in {source} cannot be resolved: {message}."
     key = getattr(error, "full_key", None) or getattr(error, "key", None) or source.partition("=")[0]
+    if "expected one of" in message:  # a word of a closed list
+        value, _, allowed = message.partition(", expected one of ")
+        return f"{key} is {value.removeprefix('Invalid value ')}; allowed is one of {allowed.strip('[]')}."
     if "not in" in message or "Key" in type(error).__name__ or "Attribute" in type(error).__name__:
         known = ", ".join(_siblings(str(key)))
         return f"Unknown key '{key}' in {source}; known there are {known}."
@@ -258,9 +164,10 @@ def check(config: Config) -> Config:
 
     at_least("seed", config.seed, 0)
     at_least("threads", 1 if config.threads is None else config.threads, 1)
-    federation, client, pretraining = config.federation, config.client, config.pretraining
+    federation, pretraining = config.federation, config.pretraining
     at_least("federation.rounds", federation.rounds, 0)
     at_least("federation.patience", federation.patience, 1)
+    one_of("trainer.precision", str(config.trainer.get("precision", "32")), PRECISIONS)
     cohort_size, beyond = federation.cohort_size, trainer_only(config.trainer)
     number = isinstance(cohort_size, int) and not isinstance(cohort_size, bool) and cohort_size >= 1
     require(number or cohort_size == "auto", "federation.cohort_size", cohort_size, "'auto', or 1 or more")
@@ -278,14 +185,12 @@ def check(config: Config) -> Config:
     require(federation.ray.num_cpus > 0, "federation.ray.num_cpus", federation.ray.num_cpus, "above 0")
     at_least("federation.ray.num_gpus", federation.ray.num_gpus, 0)
     one_of("federation.meta_lr_decay", federation.meta_lr_decay, ["none", "cosine"])
-    at_least("client.finetune_epochs", client.finetune_epochs, 1)
-    at_least("client.meta_iterations", client.meta_iterations, 1)
-    require(0 < client.clip_value < math.inf, "client.clip_value", client.clip_value, "above 0")
-    one_of("client.running_start", client.running_start, ["measured", "zero_one"])
-    one_of("client.evaluation_statistics", client.evaluation_statistics, ["running", "batch"])
-    one_of("client.validation_loss", client.validation_loss, ["cross_entropy", "expected_error"])
-    for group, rate in vars(client.meta_lr).items():
-        at_least(f"client.meta_lr.{group}", rate, 0)
+    one_of("federation.aggregation", federation.aggregation, ["mean", "median", "trimmed_mean", "krum"])
+    norm, ratio = federation.max_update_norm, federation.max_loss_ratio
+    positive = isinstance(norm, int | float) and not isinstance(norm, bool) and 0 < norm < math.inf
+    require(positive or norm in ("auto", None), "federation.max_update_norm", norm, "above 0, 'auto' or null")
+    fraction("federation.max_client_weight", federation.max_client_weight)
+    at_least("federation.max_loss_ratio", 1 if ratio is None else ratio, 1)
     one_of("hypergradient.name", config.hypergradient.name, ["unrolled", "fomaml", "ift"])
     one_of("meta_nets.initialization", config.meta_nets.initialization, ["paper", "responsive"])
     beta, base_lr = config.meta_nets.initial_beta, config.meta_nets.base_lr
@@ -302,24 +207,28 @@ def check(config: Config) -> Config:
     weights = pretraining.weights
     require(weights is None or Path(weights).is_file(), "pretraining.weights", weights, "an existing file, or null")
     rates = config.baselines.rates
-    positive = len(set(rates)) >= 2 and all(rate > 0 and math.isfinite(rate) for rate in rates)
-    require(positive, "baselines.rates", rates, "two or more different positive rates")
+    different = len(set(rates)) >= 2 and all(rate > 0 and math.isfinite(rate) for rate in rates)
+    require(different, "baselines.rates", rates, "two or more different positive rates")
+    tuned = config.baselines.tuned_rates
+    positive = all(rate > 0 and math.isfinite(rate) for rate in tuned.values())
+    require(positive, "baselines.tuned_rates", tuned, "a positive rate for each method")
+    known = config.baselines.tune or base_lr is not None
+    require(known, "meta_nets.base_lr", base_lr, "a number where baselines.tune is false, since no rate is measured")
     one_of("wandb.mode", config.wandb.mode, [None, "online", "offline", "disabled"])
     return config
 
 
-COHORT_PRECISIONS = {"32": None, "32-true": None, "bf16-mixed": "bfloat16", "16-mixed": "float16"}
-"""The values of `trainer.precision` that cohorts follow themselves, and the type of their autocast."""
+PRECISIONS = ("32", "32-true", "64", "64-true", "bf16-mixed", "16-mixed")
+"""The values of `trainer.precision` in a federation."""
 
 
 def trainer_only(trainer: dict[str, Any]) -> list[str]:
-    """The keys of `trainer` that only a Lightning Trainer follows, so that clients cannot go in cohorts."""
-    devices, precision = trainer.get("devices", 1), str(trainer.get("precision", "32"))
-    followed = {"accelerator"}
+    """The keys of `trainer` that only a Lightning Trainer follows, so that each client needs one."""
+    devices = trainer.get("devices", 1)
+    followed = {"accelerator", "precision"}
     followed |= (
         {"devices"} if devices in (1, "1", "auto") or (isinstance(devices, list) and len(devices) == 1) else set()
     )
-    followed |= {"precision"} if precision in COHORT_PRECISIONS else set()
     return [key for key in trainer if not key.startswith("limit_") and key not in followed]
 
 
@@ -330,6 +239,4 @@ def to_yaml(config: Config) -> str:
 
 def from_yaml(text: str) -> Config:
     """What `to_yaml` made of a configuration, again."""
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(text)))
-    assert isinstance(config, Config)
-    return config
+    return _resolved(OmegaConf.merge(_schema(), OmegaConf.create(text)))

@@ -11,9 +11,39 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fedl2p.core.functional import Tensors
 from fedl2p.core.meta_nets import MetaNets
-from fedl2p.federation.state import RoundRecord
+from fedl2p.datamodules.base.federated import FederatedDataModule
+from fedl2p.experiment.schema import Config
+from fedl2p.federation.runtime import ClientRuntime
+from fedl2p.federation.state import MetaState, RoundRecord
 
 PASSES = 3  # forward and backward of a training step, in forward passes
+
+
+def run_cost(config: Config, data: FederatedDataModule, runtime: ClientRuntime, state: MetaState) -> dict[str, Any]:
+    """The key `cost` of `results.json`.
+
+    Returns:
+        `memory` (bytes), `parameters` (values in each tensor of theta_g, by name), `flops` and `bytes`, see
+        `compute_cost` and `traffic`.
+    """
+    pretraining, seen = config.pretraining, len(data.pool("seen"))
+    asked = max(1, round(pretraining.client_fraction * len(data.pool(pretraining.pool))))
+    nets, module = runtime.meta_nets, runtime.model.module
+    return {
+        "memory": peak_memory(),
+        "parameters": {name: parameter.numel() for name, parameter in module.named_parameters()},
+        "flops": compute_cost(module, nets, data.input_shape, epochs=config.client.finetune_epochs),
+        "bytes": traffic(
+            state.history,
+            lambda_=state.lambda_,
+            net_inputs=dict(nets.named_buffers()),
+            model=module,
+            statistics=len(nets.batchnorm_names) + 2 * len(nets.layer_names),
+            seen=seen,
+            validation=max(1, round(config.federation.validation_fraction * seen)),
+            pretraining=0 if pretraining.weights is not None else pretraining.rounds * asked,
+        ),
+    }
 
 
 def byte_count(tensors: Iterable[Tensor]) -> int:
@@ -53,9 +83,9 @@ def compute_cost(model: nn.Module, meta_nets: MetaNets, input_shape: Sequence[in
         `forward` (one pass), `finetune` (e epochs, a backward pass counted as two forward ones), `statistics` (the one
         pass that gives what the nets read), `paper_statistics` (the paper's two), and `meta_nets` (once a client).
     """
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    reference = next(model.parameters())
     model.eval()
-    forward = forward_flops(model, torch.zeros((1, *input_shape), device=device))
+    forward = forward_flops(model, reference.new_zeros((1, *input_shape)))
     xi = torch.ones(len(meta_nets.batchnorm_names), device=meta_nets.base_lr.device)
     moments = torch.ones(2 * len(meta_nets.layer_names), device=meta_nets.base_lr.device)
     nets = forward_flops(meta_nets, xi[None], moments[None], torch.ones(1, device=moments.device))

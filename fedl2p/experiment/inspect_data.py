@@ -9,7 +9,7 @@ from fedl2p.datamodules.base.arrays import labels_of
 from fedl2p.datamodules.base.federated import POOLS, FederatedDataModule
 from fedl2p.errors import DataError, RunFolderError
 from fedl2p.experiment.build import build_data
-from fedl2p.experiment.config import Config
+from fedl2p.experiment.schema import Config
 from fedl2p.io import write_atomically
 from fedl2p.report.drawing import png
 from fedl2p.report.split import (
@@ -22,10 +22,10 @@ from fedl2p.report.split import (
     split_figure,
 )
 
-MOST_CLIENTS = 6  # of a pool, unless all are asked for
+MAX_CLIENTS = 6  # of a pool, unless all are asked for
 
 
-def show_split(config: Config, *, picture: str | None = None, all_clients: bool = False) -> Path:
+def inspect_data(config: Config, *, picture: str | None = None, all_clients: bool = False) -> Path:
     """Prints pools, domains, labels and clients, and writes the picture.
 
     Args:
@@ -47,7 +47,7 @@ def show_split(config: Config, *, picture: str | None = None, all_clients: bool 
     data = build_data(config)
     clients, classes = read_split(data), class_names(data)
     console = Console()
-    console.print(clients_table(clients, most=None if all_clients else MOST_CLIENTS))
+    console.print(clients_table(clients, most=None if all_clients else MAX_CLIENTS))
     console.print(labels_table(clients, classes))
     console.print(domains_table(clients))
     console.print(pools_table(clients))

@@ -1,18 +1,20 @@
 """What FedL2P is compared with: each a way to choose `Hyperparameters` (section 4.1.2 of the FedL2P paper)."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from fedl2p.core.finetune import EvaluationStatistics
 from fedl2p.core.functional import FunctionalModel
 from fedl2p.core.meta_nets import Hyperparameters
+from fedl2p.core.settings import BatchNormMode
 from fedl2p.core.statistics import ClientStatistics
 from fedl2p.errors import ConfigError, FederationError
 
-MOST_RATES = 24  # a grid that has grown this long has no best inside
+MAX_RATES = 24  # a grid that has grown this long has no best inside
+NO_RATE_HELPS = "no rate lowered the validation loss; the lowest one was taken"
 
 
 @dataclass(frozen=True)
@@ -52,18 +54,18 @@ class FineTuning:
     Attributes:
         label: as tables show it.
         beta: for all layers.
-        statistics: at testing, see `meta_step.evaluate`.
+        bn_mode: at testing.
     """
 
     label: str
     beta: float
-    statistics: EvaluationStatistics = "running"
+    bn_mode: BatchNormMode = BatchNormMode.running
 
 
 FINE_TUNING: dict[str, FineTuning] = {
     "ft_bn_c": FineTuning("FT (BN C)", beta=1.0),
     "ft_bn_g": FineTuning("FT (BN G)", beta=0.0),
-    "ft_bn_i": FineTuning("FT (BN I)", beta=1.0, statistics="batch"),
+    "ft_bn_i": FineTuning("FT (BN I)", beta=1.0, bn_mode=BatchNormMode.batch),
 }
 
 
@@ -71,18 +73,20 @@ def tune_rate(loss_of: Callable[[float], float], rates: Sequence[float]) -> tupl
     """Finds the rate with the lowest loss on a grid that grows until its best is inside.
 
     Where the best is the lowest (highest) rate, the next lower (higher) one is tried, in the ratio of the outermost
-    two. A loss that is not finite counts as infinite; where all are, the next lower rate is tried.
+    two. A loss that is not finite counts as infinite; where all are, the next lower rate is tried. Where no rate helps,
+    since all diverge or the loss still falls at the low end of a very long grid, the lowest rate is the answer.
 
     Args:
         loss_of: the validation loss of a rate; called once for each.
         rates: at least two, positive.
 
     Returns:
-        The best rate, and the loss of each rate that was tried, in the order of rates.
+        The best rate, and the loss of each rate that was tried, in the order of rates. The best is the lowest of them
+        only where no rate helps.
 
     Raises:
         ConfigError: fewer than two rates, or one that is not positive.
-        FederationError: at the end of a very long grid no rate has a finite loss, or the loss still falls.
+        FederationError: the loss still falls at the high end of a very long grid.
     """
     grid = sorted(set(rates))
     if len(grid) < 2 or grid[0] <= 0:
@@ -98,9 +102,9 @@ def tune_rate(loss_of: Callable[[float], float], rates: Sequence[float]) -> tupl
         diverges = math.isinf(losses[best])
         if grid[0] < best < grid[-1] and not diverges:
             return best, {rate: losses[rate] for rate in grid}
-        if len(grid) >= MOST_RATES:
-            if diverges:
-                raise FederationError(f"Fine-tuning diverges at every rate tried, {grid[0]:g} to {grid[-1]:g}.")
+        if len(grid) >= MAX_RATES:
+            if diverges or best == grid[0]:
+                return grid[0], {rate: losses[rate] for rate in grid}
             raise FederationError(
                 f"The validation loss of fine-tuning still falls at the rate {best:g}, the end of a grid of "
                 f"{len(grid)} rates; choose baselines.rates around the best."
@@ -108,6 +112,52 @@ def tune_rate(loss_of: Callable[[float], float], rates: Sequence[float]) -> tupl
         new = grid[0] ** 2 / grid[1] if best == grid[0] or diverges else grid[-1] ** 2 / grid[-2]
         losses[new] = measured(new)
         grid = sorted(losses)
+
+
+@dataclass(frozen=True)
+class TunedRate:
+    """The learning rate of a hand-made recipe.
+
+    Attributes:
+        rate: that was chosen.
+        val_loss: of the seen clients with it; infinite where fine-tuning diverges, NaN where it was not measured.
+        grid: the rates that were tried, each with its loss.
+        helps: whether the rate is better than the lowest that was tried.
+    """
+
+    rate: float
+    val_loss: float = math.nan
+    grid: tuple[tuple[float, float], ...] = ()
+    helps: bool = True
+
+    def as_dict(self) -> dict[str, Any]:
+        """As in `results.json`; where no rate helps it says so."""
+        values: dict[str, Any] = {
+            "rate": self.rate,
+            "val_loss": self.val_loss,
+            "grid": [list(row) for row in self.grid],
+        }
+        return values if self.helps else values | {"note": NO_RATE_HELPS}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "TunedRate":
+        """From JSON, in which an infinite loss is null."""
+        grid = tuple((rate, math.inf if loss is None else loss) for rate, loss in values["grid"])
+        return cls(values["rate"], dict(grid)[values["rate"]], grid, "note" not in values)
+
+
+def given_rates(rates: Mapping[str, float]) -> dict[str, TunedRate]:
+    """The rates of `baselines.tuned_rates`, which nothing was measured for.
+
+    Raises:
+        ConfigError: not one for each method.
+    """
+    if set(rates) != set(FINE_TUNING):
+        raise ConfigError(
+            f"baselines.tuned_rates is {dict(rates)}; where baselines.tune is false, allowed is a rate for each of "
+            f"{', '.join(FINE_TUNING)}."
+        )
+    return {name: TunedRate(rates[name]) for name in FINE_TUNING}
 
 
 def derangement(count: int, seed: int) -> list[int]:

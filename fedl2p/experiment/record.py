@@ -7,23 +7,8 @@ from fedl2p.core.meta_nets import MetaNets
 from fedl2p.core.statistics import ClientStatistics
 from fedl2p.datamodules.base.federated import FederatedDataModule
 from fedl2p.errors import DataError
-from fedl2p.experiment.folder import RunFolder
 from fedl2p.experiment.inspect_data import class_names, read_split
-from fedl2p.federation.state import MetaState, RoundCallback
 from fedl2p.report.hyperparameters import Described
-
-
-class ClientsFile(RoundCallback):
-    """Writes `clients.json` when the rounds start, so that a page of an interrupted run has it too."""
-
-    def __init__(self, folder: RunFolder, data: FederatedDataModule) -> None:
-        """Sets where it goes; nothing is written yet."""
-        self.folder = folder
-        self.data = data
-
-    def on_rounds_start(self, state: MetaState, rounds: int) -> None:
-        """Writes the file, also when a run is resumed."""
-        self.folder.write_json("clients.json", client_record(self.data))
 
 
 def client_record(data: FederatedDataModule) -> dict[str, Any]:

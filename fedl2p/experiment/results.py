@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torchmetrics.functional.classification import multiclass_accuracy
 
-from fedl2p.core.cohort import Evaluation
+from fedl2p.core.learner import Evaluation
 from fedl2p.report.analysis import paired_bootstrap, spread
 
 if TYPE_CHECKING:

@@ -1,84 +1,145 @@
-"""`fedl2p run`: the experiment, W&B beside it, and what is written and shown when it is done."""
+"""The main job from end to end, from Python or by `fedl2p run`: its stages in order, and what is written and shown."""
 
 import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
+from torch import nn
 
 from fedl2p.callbacks.wandb_rounds import WandbRounds, start_wandb
 from fedl2p.errors import FedL2PError
-from fedl2p.experiment.config import Config
-from fedl2p.experiment.cost import compute_cost, peak_memory, traffic
-from fedl2p.experiment.record import ClientsFile, net_input_rows
-from fedl2p.experiment.results import compare, versions
-from fedl2p.experiment.stages import POOLS, Experiment
+from fedl2p.experiment.build import GLOBAL_MODEL, build_runtime
+from fedl2p.experiment.config import Source, load_config, to_yaml
+from fedl2p.experiment.context import RunContext, prepare
+from fedl2p.experiment.cost import run_cost
+from fedl2p.experiment.evaluation import POOLS, measured_methods
+from fedl2p.experiment.folder import DATA
+from fedl2p.experiment.record import client_record, net_input_rows
+from fedl2p.experiment.results import MethodResult, compare, versions
+from fedl2p.experiment.stages import (
+    initial_base_lr,
+    initial_lambda,
+    learned_state,
+    local_policies,
+    pretrained_model,
+    tuned_rates,
+)
+from fedl2p.federation.checkpoint import FILE_NAME as ROUNDS
+from fedl2p.federation.local import flower_run
+from fedl2p.federation.runtime import ClientRuntime
+from fedl2p.federation.state import MetaState, RoundCallback
 from fedl2p.report.hyperparameters import hyperparameter_rows, write_hyperparameters
 from fedl2p.report.page import write_report
 from fedl2p.report.table import methods_table
 
+Result = TypeVar("Result")
 
-def run_and_report(config: Config, *, resume: bool = False) -> dict[str, Any]:
+WANDB = "checkpoints/wandb.json"
+"""The id of the W&B run."""
+
+
+def run(*sources: Source, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
     """Runs the main job, writes the run's folder, and prints the table of methods and the folder's path.
 
+        results = fedl2p.run("configs/digits.yaml", "seed=7", {"federation": {"rounds": 20}})
+
     Args:
-        config: from `load_config`.
-        resume: go on with the run in `config.output_dir`.
+        sources: paths of YAML files, `key=value` pairs, dictionaries and configurations; later ones win.
+        resume: go on with the run in `output_dir`.
+        quiet: print and draw nothing.
 
     Returns:
         What `results.json` holds.
 
     Raises:
-        ConfigError: a component of the configuration is wrong; nothing was written.
-        RunFolderError: the folder cannot be used; nothing was changed.
+        ConfigError: the configuration is wrong; nothing was written.
+        RunFolderError: the folder cannot be used or written; what it held is as it was.
         FederationError: the rounds cannot go on.
     """
     started = time.monotonic()
-    experiment = Experiment(config, resume=resume)
-    tracker = _tracker(config, experiment)
-    folder = experiment.folder.path
-    try:
-        experiment.run([ClientsFile(experiment.folder, experiment.data), *([tracker] if tracker else [])])
-        results = collect(experiment)
-        rows = _hyperparameters(experiment)
-        write_hyperparameters(folder / "hyperparameters.csv", rows)
-        write_hyperparameters(folder / "net_inputs.csv", _net_inputs(experiment))
-        results["timings"]["total"] = time.monotonic() - started
-        experiment.folder.write_json("results.json", results)
-        if tracker:
-            tracker.log_hyperparameters(rows)
-            tracker.log_results(results)
-        write_report([folder])
-    except BaseException:
-        _leave_page(folder)
-        raise
-    finally:
-        if tracker:
-            tracker.run.finish()
-    console = Console()
-    console.print(methods_table(results))
-    console.print(f"{folder}", soft_wrap=True, highlight=False)
+    context = prepare(load_config(sources), resume=resume, console=Console(stderr=True, quiet=quiet))
+    with context.folder.opened(to_yaml(context.config), resume=resume):
+        tracker = _tracker(context)
+        try:
+            outcome = run_stages(context, [tracker] if tracker else [])
+            results = collect(context, outcome)
+            _write_results(context, outcome, results, started, tracker)
+        except BaseException:
+            _leave_page(context.folder.path)
+            raise
+        finally:
+            if tracker:
+                tracker.finish()
+    if not quiet:
+        console = Console()
+        console.print(methods_table(results))
+        console.print(f"{context.folder.path}", soft_wrap=True, highlight=False)
     return results
 
 
-def _leave_page(folder: Path) -> None:
-    """An interrupted run has a page too, of what it has written; why it stopped matters more than why it has none."""
-    if (folder / "config.yaml").is_file():
-        with suppress(FedL2PError):
-            write_report([folder])
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What the stages came to.
+
+    Attributes:
+        model: theta_g.
+        runtime: the clients.
+        start: lambda before the first round, by name.
+        state: of the rounds.
+        methods: what was compared, by key.
+        timings: seconds by stage.
+    """
+
+    model: nn.Module
+    runtime: ClientRuntime
+    start: dict[str, Any]
+    state: MetaState
+    methods: dict[str, MethodResult]
+    timings: dict[str, float]
 
 
-def collect(experiment: Experiment) -> dict[str, Any]:
+def run_stages(context: RunContext, callbacks: Sequence[RoundCallback] = ()) -> Outcome:
+    """Runs the stages in order; what a resumed run has done already is read from the file beside the stage.
+
+    Args:
+        context: from `prepare`; its folder is open.
+        callbacks: look on at the rounds.
+    """
+    folder, timings = context.folder.path, dict[str, float]()
+
+    def stage(name: str, work: Callable[..., Result], *arguments: Any) -> Result:
+        began = time.monotonic()
+        result = work(context, *arguments)
+        timings[name] = time.monotonic() - began
+        return result
+
+    context.folder.write_json(DATA, context.fingerprint)
+    context.folder.write_json("clients.json", client_record(context.data))
+    with flower_run():
+        model = stage("pretraining", pretrained_model, folder / GLOBAL_MODEL)
+        runtime = build_runtime(context.config, context.data, model, base_lr=0.0)
+        rates = stage("tuning", tuned_rates, folder / "checkpoints" / "tuning.json", runtime)
+        base_lr = initial_base_lr(context, rates)
+        start = initial_lambda(runtime, base_lr)
+        state = stage("rounds", learned_state, folder / "checkpoints" / ROUNDS, runtime, base_lr, callbacks)
+        local = stage("l2p", local_policies, folder / "checkpoints" / "l2p.safetensors", runtime, start, state)
+        methods = stage("evaluation", measured_methods, runtime, rates, base_lr, state, local)
+    return Outcome(model, runtime, start, state, methods, timings)
+
+
+def collect(context: RunContext, outcome: Outcome) -> dict[str, Any]:
     """The content of `results.json`."""
-    history, state = experiment.state.history, experiment.state
+    state, history, runtime = outcome.state, outcome.state.history, outcome.runtime
     return {
-        "seed": experiment.config.seed,
-        "config": asdict(experiment.config),
+        "seed": context.config.seed,
+        "config": asdict(context.config),
         "versions": versions(),
-        "timings": dict(experiment.timings),
-        "cohort_sizes": experiment.runtime.cohort_size or experiment.runtime.automatic_sizes,
+        "timings": dict(outcome.timings),
+        "cohort_sizes": runtime.cohort_size or runtime.automatic_sizes,
         "rounds": {
             "best": state.best_round,
             "last": state.round,
@@ -88,57 +149,63 @@ def collect(experiment: Experiment) -> dict[str, Any]:
             "failures": sum(len(record.failures) for record in history),
             "skipped_steps": sum(record.skipped_steps for record in history),
         },
-        "methods": {name: method.as_dict() for name, method in experiment.methods.items()},
-        "comparisons": compare(experiment.methods, seed=experiment.config.seed),
-        "cost": _cost(experiment),
+        "methods": {name: method.as_dict() for name, method in outcome.methods.items()},
+        "comparisons": compare(outcome.methods, seed=context.config.seed),
+        "cost": run_cost(context.config, context.data, runtime, state),
     }
 
 
-def _cost(experiment: Experiment) -> dict[str, Any]:
-    config, runtime, seen = experiment.config, experiment.runtime, len(experiment.data.pool("seen"))
-    pretraining, federation = config.pretraining, config.federation
-    asked = round(pretraining.client_fraction * len(experiment.data.pool(pretraining.pool)))
-    fed_avg = 0 if pretraining.weights is not None else pretraining.rounds * max(1, asked)
-    nets, module = runtime.meta_nets, runtime.model.module
-    epochs = config.client.finetune_epochs
-    return {
-        "memory": peak_memory(),
-        "parameters": {name: parameter.numel() for name, parameter in module.named_parameters()},
-        "flops": compute_cost(module, nets, experiment.data.input_shape, epochs=epochs),
-        "bytes": traffic(
-            experiment.state.history,
-            lambda_=experiment.state.lambda_,
-            net_inputs=dict(nets.named_buffers()),
-            model=module,
-            statistics=len(nets.batchnorm_names) + 2 * len(nets.layer_names),
-            seen=seen,
-            validation=max(1, round(federation.validation_fraction * seen)),
-            pretraining=fed_avg,
-        ),
-    }
+def _write_results(
+    context: RunContext, outcome: Outcome, results: dict[str, Any], started: float, tracker: WandbRounds | None
+) -> None:
+    """The files for people and programs; `results.json` first, since the others only show it."""
+    folder, rows = context.folder.path, _hyperparameters(context, outcome)
+    context.folder.write_json("results.json", results)
+    write_hyperparameters(folder / "hyperparameters.csv", rows)
+    write_hyperparameters(folder / "net_inputs.csv", _net_inputs(context, outcome))
+    results["timings"]["total"] = time.monotonic() - started
+    context.folder.write_json("results.json", results)
+    write_report([folder])
+    if tracker:
+        tracker.log_hyperparameters(rows)
+        tracker.log_results(results)
 
 
-def _net_inputs(experiment: Experiment) -> list[dict[str, Any]]:
-    ids = [client_id for pool in POOLS for client_id in experiment.data.pool(pool)]
-    statistics = [experiment.runtime.statistics(client_id) for client_id in ids]
-    return net_input_rows([experiment.data.clients[i] for i in ids], statistics, experiment.runtime.meta_nets)
-
-
-def _hyperparameters(experiment: Experiment) -> list[dict[str, Any]]:
-    ids = [client_id for pool in POOLS for client_id in experiment.data.pool(pool)]
-    runtime, best = experiment.runtime, experiment.state.best_lambda
+def _hyperparameters(context: RunContext, outcome: Outcome) -> list[dict[str, Any]]:
+    ids = [client_id for pool in POOLS for client_id in context.data.pool(pool)]
+    runtime, best = outcome.runtime, outcome.state.best_lambda
     recipes = [runtime.recipe(best, client_id) for client_id in ids]
-    return hyperparameter_rows([experiment.data.clients[i] for i in ids], recipes, runtime.meta_nets)
+    return hyperparameter_rows([context.data.clients[i] for i in ids], recipes, runtime.meta_nets)
 
 
-def _tracker(config: Config, experiment: Experiment) -> WandbRounds | None:
+def _net_inputs(context: RunContext, outcome: Outcome) -> list[dict[str, Any]]:
+    ids = [client_id for pool in POOLS for client_id in context.data.pool(pool)]
+    statistics = [outcome.runtime.statistics(client_id) for client_id in ids]
+    return net_input_rows([context.data.clients[i] for i in ids], statistics, outcome.runtime.meta_nets)
+
+
+def _leave_page(folder: Path) -> None:
+    """An interrupted run has a page too, of what it has written; why it stopped matters more than why it has none."""
+    with suppress(FedL2PError):
+        write_report([folder])
+
+
+def _tracker(context: RunContext) -> WandbRounds | None:
+    """W&B, if it is wanted and starts; it never stops a run."""
+    config, folder = context.config, context.folder
     if not config.wandb.enabled:
         return None
-    run = start_wandb(
-        project=config.wandb.project,
-        name=config.wandb.name or experiment.folder.path.name,
-        directory=experiment.folder.path,
-        config=asdict(config),
-        mode=config.wandb.mode,  # type: ignore[arg-type]  # checked by config.check
-    )
-    return WandbRounds(run=run)
+    try:
+        run = start_wandb(
+            project=config.wandb.project,
+            name=config.wandb.name or folder.path.name,
+            directory=folder.path,
+            config=asdict(config),
+            mode=config.wandb.mode,  # type: ignore[arg-type]  # checked by config.check
+            run_id=folder.read_json(WANDB),
+        )
+    except Exception as error:  # of a library that talks to a server
+        context.warn(f"W&B did not start ({type(error).__name__}: {error}); the run goes on without it.")
+        return None
+    folder.write_json(WANDB, run.id)
+    return WandbRounds(run=run, warn=context.warn)

@@ -1,381 +1,254 @@
-"""The main job from end to end: theta_g, the baselines, the rounds, L2P, and everything measured on both pools."""
+"""The stages of the main job: theta_g, the baselines' rates, the rounds, and L2P.
 
-import contextlib
-import logging
+Each is a function of the context, of the file in which it keeps what it has done, and of results of earlier stages. A
+resumed run finds that file and does not do the work again. `run_stages` in `run.py` calls them in order.
+"""
+
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
 from flwr.serverapp import Grid
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from fedl2p.callbacks import MetricsFile, RoundProgress
-from fedl2p.core.cohort import Evaluation
-from fedl2p.core.finetune import EvaluationStatistics
 from fedl2p.core.functional import Tensors
-from fedl2p.core.meta_nets import Hyperparameters
-from fedl2p.errors import ConfigError, ModelError
-from fedl2p.experiment.build import (
-    GLOBAL_MODEL,
-    build_data,
-    build_model,
-    build_remote_app,
-    build_runtime,
-    build_training,
-    check_model,
-    check_trainer,
+from fedl2p.core.learner import Evaluation
+from fedl2p.core.meta_nets import MetaNets
+from fedl2p.experiment.build import build_training
+from fedl2p.experiment.context import RunContext, with_weights
+from fedl2p.experiment.methods import (
+    FINE_TUNING,
+    NO_RATE_HELPS,
+    FineTuning,
+    FixedRecipe,
+    TunedRate,
+    given_rates,
+    tune_rate,
 )
-from fedl2p.experiment.config import Config, to_yaml
-from fedl2p.experiment.folder import RunFolder
-from fedl2p.experiment.methods import FINE_TUNING, FixedRecipe, derangement, tune_rate
-from fedl2p.experiment.results import MethodResult, client_table, mean_of
-from fedl2p.federation.checkpoint import load_metadata, load_state, load_tensors, save_state, write_tensors
+from fedl2p.federation.checkpoint import load_state, save_state
 from fedl2p.federation.client_app import make_client_app, make_cohort_handlers
-from fedl2p.federation.local import LocalGrid, flower_run
-from fedl2p.federation.ray import require_ray, simulate
-from fedl2p.federation.rounds import run_rounds, standardize_inputs
+from fedl2p.federation.fedavg import make_pretrain_app, pretrain
+from fedl2p.federation.local import LocalGrid
+from fedl2p.federation.rounds import RoundSettings, decayed, new_state, run_rounds, set_up
+from fedl2p.federation.runtime import ClientRuntime
 from fedl2p.federation.state import MetaState, RoundCallback
-from fedl2p.federation.strategy import FedL2PStrategy, decayed
-from fedl2p.models.weights import load_weights
+from fedl2p.io import read_json, read_tensors, write_json, write_tensors
 from fedl2p.policy import policy_metadata
-from fedl2p.pretraining.fedavg import make_pretrain_app, pretrain
-from fedl2p.seeding import derive_seed
 
-POOLS = ("seen", "unseen")
-SHUFFLES = 5  # one alone says little: a few clients can get statistics that suit them by chance
-
-Result = TypeVar("Result")
+SAVE_SECONDS = 30  # between two checkpoints of L2P
 
 
-class Experiment:
-    """One run of the main job.
+def pretrained_model(context: RunContext, file: Path) -> nn.Module:
+    """Stage 1: theta_g in evaluation mode, by FedAvg or from `pretraining.weights`.
+
+    Args:
+        context: of the run.
+        file: theta_g, as soon as it is there.
+    """
+    settings, pool = context.config.pretraining, context.data.pool(context.config.pretraining.pool)
+    if file.exists():
+        return with_weights(context.model, file, "the run to resume").eval()
+    model = context.model
+    if settings.weights is None and settings.rounds and pool:
+        with context.bar("Pretraining by FedAvg", settings.rounds) as bar:
+
+            def work(grid: Grid) -> nn.Module:
+                return pretrain(
+                    grid,
+                    context.model,
+                    client_ids=pool,
+                    rounds=settings.rounds,
+                    client_fraction=settings.client_fraction,
+                    lr_drops=settings.lr_drops,
+                    seed=context.config.seed,
+                    on_round=lambda number: bar.advance(),
+                )
+
+            training = build_training(context.config, context.data, model)
+            model = context.on_grid(work, lambda: LocalGrid(make_pretrain_app(training), pool))
+    write_tensors(file, model.state_dict())
+    return model.eval()
+
+
+def tuned_rates(context: RunContext, file: Path, runtime: ClientRuntime) -> dict[str, TunedRate]:
+    """Stage 2: the learning rate of each hand-made recipe, by its loss on the seen clients' validation data.
+
+    Args:
+        context: of the run.
+        file: the rates, by method.
+        runtime: the clients.
+    """
+    settings, seen = context.config.baselines, context.data.pool("seen")
+    if not settings.tune:
+        return given_rates(settings.tuned_rates)
+    stored = read_json(file)
+    if stored is not None:
+        return {name: TunedRate.from_dict(values) for name, values in stored.items()}
+    with context.bar("Tuning the baselines", len(FINE_TUNING) * len(settings.rates)) as bar:
+
+        def tuned(method: FineTuning) -> TunedRate:
+            def loss_of(rate: float) -> float:
+                recipe = FixedRecipe.fitting(runtime.model, beta=method.beta, rate=rate)
+                recipes = [recipe(runtime.statistics(client_id)) for client_id in seen]
+                measured = runtime.evaluate(recipes, seen, bn_mode=method.bn_mode)
+                bar.advance()
+                return _weighted_loss(runtime, measured, seen)
+
+            best, losses = tune_rate(loss_of, settings.rates)
+            return TunedRate(best, losses[best], tuple(losses.items()), helps=best != min(losses))
+
+        result = {name: tuned(method) for name, method in FINE_TUNING.items()}
+    for name, chosen in result.items():
+        if not chosen.helps:
+            context.warn(f"{FINE_TUNING[name].label}: {NO_RATE_HELPS} ({chosen.rate:g}).")
+    write_json(file, {name: chosen.as_dict() for name, chosen in result.items()})
+    return result
+
+
+def _weighted_loss(
+    runtime: ClientRuntime, measured: Sequence[dict[str, Evaluation]], client_ids: Sequence[int]
+) -> float:
+    """The mean validation loss of clients, weighted by their training samples, as the rounds weight it."""
+    weights = [runtime.statistics(client_id).num_samples for client_id in client_ids]
+    return sum(w * m["val"].val_loss for w, m in zip(weights, measured, strict=True)) / sum(weights)
+
+
+def initial_base_lr(context: RunContext, rates: dict[str, TunedRate]) -> float:
+    """The initial eta~: as configured, or the rate of the hand-made recipe with the lowest validation loss."""
+    configured = context.config.meta_nets.base_lr
+    if configured is not None:
+        return configured
+    return min(rates.values(), key=lambda chosen: chosen.val_loss).rate
+
+
+def initial_lambda(runtime: ClientRuntime, base_lr: float) -> Tensors:
+    """Lambda before the first round: new nets, and eta~ at one rate."""
+    own = runtime.lambda_()
+    return own | {"base_lr": torch.full_like(own["base_lr"], base_lr)}
+
+
+def learned_state(
+    context: RunContext,
+    file: Path,
+    runtime: ClientRuntime,
+    base_lr: float,
+    callbacks: Sequence[RoundCallback] = (),
+) -> MetaState:
+    """Stage 3: Algorithm 1. Beside its own file it writes `metrics.jsonl` and the policy.
+
+    Args:
+        context: of the run.
+        file: the state after the last round that is complete.
+        runtime: the clients; its nets are made ready to read them.
+        base_lr: what every eta~ starts with.
+        callbacks: look on.
+    """
+    config, path = context.config.federation, context.folder.path
+    names = {client_id: context.data.clients[client_id].name for client_id in context.data.pool("seen")}
+    settings = RoundSettings(
+        rounds=config.rounds,
+        patience=config.patience,
+        client_fraction=config.client_fraction,
+        validation_fraction=config.validation_fraction,
+        min_reply_fraction=config.min_reply_fraction,
+        meta_lr_decay=config.meta_lr_decay,  # type: ignore[arg-type]  # checked by config.check
+        aggregation=config.aggregation,  # type: ignore[arg-type]  # likewise
+        max_update_norm=config.max_update_norm,
+        max_client_weight=config.max_client_weight,
+        max_loss_ratio=config.max_loss_ratio,
+        seed=context.config.seed,
+    )
+    looking_on = [RoundProgress(console=context.console), MetricsFile(path=path / "metrics.jsonl"), *callbacks]
+
+    def work(grid: Grid) -> MetaState:
+        standardize = context.config.meta_nets.standardize
+        federation = set_up(grid, runtime.meta_nets, names, settings, base_lr=base_lr, standardize=standardize)
+        return run_rounds(
+            grid,
+            federation,
+            load_state(file.parent) or new_state(federation),
+            callbacks=looking_on,
+            save=lambda current: save_state(file.parent, current),
+        )
+
+    app, handlers = make_client_app(runtime), make_cohort_handlers(runtime)
+    state = context.on_grid(work, lambda: LocalGrid(app, names, cohort_handlers=handlers))
+    write_policy(path / "meta_nets.safetensors", runtime.meta_nets, state.best_lambda)
+    return state
+
+
+def write_policy(file: Path, meta_nets: MetaNets, lambda_: Tensors) -> None:
+    """Writes the nets with the parameters `lambda_`, for `load_policy`."""
+    write_tensors(file, dict(meta_nets.named_buffers()) | lambda_, policy_metadata(meta_nets))
+
+
+@dataclass(frozen=True, eq=False)
+class LocalPolicies:
+    """What L2P learned.
 
     Attributes:
-        config: of the run.
-        folder: where it goes.
-        data: the federation's data.
-        timings: seconds by stage.
+        lambdas: of every seen client, by its id.
+        calls: how many times each client ran K iterations.
     """
 
-    def __init__(self, config: Config, *, resume: bool = False, console: Console | None = None) -> None:
-        """Builds and checks everything that can fail for a wrong configuration; nothing is written yet.
-
-        Args:
-            config: from `load_config`.
-            resume: go on with the run in `config.output_dir`.
-            console: for progress; standard error if None.
-
-        Raises:
-            ConfigError: a component is wrong.
-            RunFolderError: the folder cannot be used.
-        """
-        logging.getLogger("flwr").setLevel(logging.ERROR)
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
-        self.config = config
-        self.console = console or Console(stderr=True)
-        self.folder = RunFolder(config.output_dir)
-        self.folder.require_usable(resume=resume)
-        self.resume = resume
-        check_trainer(config)
-        if config.federation.engine == "ray":
-            require_ray()
-        self.data = build_data(config)
-        self.model = build_model(config)
-        if config.pretraining.weights is not None:
-            self._load_weights(Path(config.pretraining.weights), "pretraining.weights")
-        check_model(config, self.data, self.model)
-        if resume:
-            self.folder.require_same(to_yaml(config))
-        self.timings: dict[str, float] = {}
-
-    def run(self, callbacks: Sequence[RoundCallback] = ()) -> "Experiment":
-        """Runs all stages; a stage that a resumed run has done is read from its folder."""
-        self.folder.start(to_yaml(self.config), resume=self.resume)
-        with flower_run():
-            with self._stage("pretraining"):
-                self.model = self._pretrained()
-            self.runtime = build_runtime(self.config, self.data, self.model, base_lr=0.0)
-            with self._stage("tuning"):
-                self.rates = self._tuned_rates()
-            with self._stage("rounds"):
-                self.state = self._rounds(callbacks)
-            with self._stage("l2p"):
-                self.local_lambdas = self._learn_locally() if self.config.baselines.l2p else {}
-            with self._stage("evaluation"):
-                self.methods = self._measure_methods()
-        return self
-
-    # Stage 1: theta_g
-
-    def _pretrained(self) -> nn.Module:
-        path, settings = self.folder.path / GLOBAL_MODEL, self.config.pretraining
-        model = self.model
-        if path.exists():
-            self._load_weights(path, "the run to resume")
-            return model.eval()
-        pool = self.data.pool(settings.pool)
-        if settings.rounds and pool:
-            with self._bar("Pretraining by FedAvg", settings.rounds) as advance:
-
-                def work(grid: Grid) -> nn.Module:
-                    return pretrain(
-                        grid,
-                        model,
-                        client_ids=pool,
-                        rounds=settings.rounds,
-                        client_fraction=settings.client_fraction,
-                        lr_drops=settings.lr_drops,
-                        seed=self.config.seed,
-                        on_round=lambda number: advance(),
-                    )
-
-                training = build_training(self.config, self.data, model)
-                model = self._on_grid(work, lambda: LocalGrid(make_pretrain_app(training), pool))
-        write_tensors(path, model.state_dict(), {})
-        return model.eval()
-
-    def _load_weights(self, path: Path, key: str) -> None:
-        try:
-            load_weights(self.model, path)
-        except ModelError as error:
-            raise ConfigError(f"{key}: {error}") from error
-
-    # Stage 2: the rates of the hand-made recipes
-
-    def _tuned_rates(self) -> dict[str, dict[str, Any]]:
-        stored = self.folder.read_json("checkpoints/tuning.json")
-        if stored is not None:
-            return dict(stored)
-        result: dict[str, dict[str, Any]] = {}
-        seen = self.data.pool("seen")
-        rates = self.config.baselines.rates
-        with self._bar("Tuning the baselines", len(FINE_TUNING) * len(rates)) as advance:
-            for name, method in FINE_TUNING.items():
-
-                def loss_of(
-                    rate: float, beta: float = method.beta, statistics: EvaluationStatistics = method.statistics
-                ) -> float:
-                    recipe = FixedRecipe.fitting(self.runtime.model, beta=beta, rate=rate)
-                    recipes = [recipe(self.runtime.statistics(client_id)) for client_id in seen]
-                    measured = self.runtime.evaluate(recipes, seen, statistics=statistics)
-                    advance()
-                    return self._weighted_loss(measured, seen)
-
-                best, losses = tune_rate(loss_of, rates)
-                result[name] = {"rate": best, "val_loss": losses[best], "grid": [[r, losses[r]] for r in losses]}
-        self.folder.write_json("checkpoints/tuning.json", result)
-        return result
-
-    def _weighted_loss(self, measured: Sequence[dict[str, Evaluation]], client_ids: Sequence[int]) -> float:
-        """The mean validation loss of clients, weighted by their training samples, as the rounds weight it."""
-        weights = [self.runtime.statistics(client_id).num_samples for client_id in client_ids]
-        return sum(w * m["val"].val_loss for w, m in zip(weights, measured, strict=True)) / sum(weights)
-
-    def base_lr(self) -> float:
-        """The initial eta~: as configured, or the rate of the hand-made recipe with the lowest validation loss."""
-        configured = self.config.meta_nets.base_lr
-        if configured is not None:
-            return configured
-        best = min(self.rates.values(), key=lambda chosen: chosen["val_loss"])
-        return float(best["rate"])
-
-    # Stage 3: Algorithm 1
-
-    def _rounds(self, callbacks: Sequence[RoundCallback]) -> MetaState:
-        config, seen = self.config.federation, self.data.pool("seen")
-        with torch.no_grad():
-            self.runtime.meta_nets.base_lr.fill_(self.base_lr())
-        strategy = FedL2PStrategy(
-            like=self.runtime.lambda_(),
-            names={client_id: self.data.clients[client_id].name for client_id in seen},
-            client_fraction=config.client_fraction,
-            validation_fraction=config.validation_fraction,
-            min_reply_fraction=config.min_reply_fraction,
-            rounds=config.rounds,
-            meta_lr_decay=config.meta_lr_decay,  # type: ignore[arg-type]  # checked by config.check
-            seed=self.config.seed,
-        )
-        initial = self.runtime.lambda_()
-        state = load_state(self.folder.checkpoints) or MetaState(lambda_=initial, best_lambda=initial)
-
-        def work(grid: Grid) -> MetaState:
-            strategy.discover(grid)
-            if self.config.meta_nets.standardize:
-                standardize_inputs(self.runtime.meta_nets, strategy)
-            strategy.net_inputs = dict(self.runtime.meta_nets.named_buffers())
-            return run_rounds(
-                grid,
-                strategy,
-                state,
-                rounds=config.rounds,
-                patience=config.patience,
-                callbacks=[
-                    RoundProgress(console=self.console),
-                    MetricsFile(path=self.folder.path / "metrics.jsonl"),
-                    *callbacks,
-                ],
-                save=lambda current: save_state(self.folder.checkpoints, current),
-            )
-
-        together = None if self.runtime.through_trainer else make_cohort_handlers(self.runtime)
-        app = make_client_app(self.runtime)
-        self._on_grid(work, lambda: LocalGrid(app, seen, cohort_handlers=together))
-        self._save_policy(state.best_lambda)
-        return state
-
-    def _save_policy(self, lambda_: Tensors) -> None:
-        nets = self.runtime.meta_nets
-        tensors = dict(nets.named_buffers()) | lambda_
-        write_tensors(self.folder.path / "meta_nets.safetensors", tensors, policy_metadata(nets))
-
-    # Stage 4: L2P
-
-    def l2p_calls(self) -> int:
-        """How many times each client runs K iterations alone: as often as FedL2P asks a client on average."""
-        asked = sum(len(record.clients) for record in self.state.history)
-        return max(1, round(asked / len(self.data.pool("seen"))))
-
-    def _learn_locally(self) -> dict[int, Tensors]:
-        """Every seen client learns a lambda of its own (L2P), with FedL2P's mean number of iterations."""
-        seen, calls, start = self.data.pool("seen"), self.l2p_calls(), self.runtime.lambda_()
-        path = self.folder.checkpoints / "l2p.safetensors"
-        done, lambdas = _load_lambdas(path, seen) or (0, dict.fromkeys(seen, start))
-        saved = time.monotonic()
-        with self._bar("L2P, each client alone", calls, done) as advance:
-            for number in range(done + 1, calls + 1):
-                scale = self._local_scale(number, calls)
-                updates = self.runtime.meta_update(
-                    [lambdas[i] for i in seen], seen, number, phase="l2p", meta_lr_scale=scale
-                )
-                lambdas = {i: update.lambda_ for i, update in zip(seen, updates, strict=True)}
-                advance()
-                if number == calls or time.monotonic() - saved > 30:
-                    flat = {f"{i}/{name}": t for i, own in lambdas.items() for name, t in own.items()}
-                    write_tensors(path, flat, {"done": str(number)})
-                    saved = time.monotonic()
-        return lambdas
-
-    def _local_scale(self, number: int, calls: int) -> float:
-        """The decay of the meta learning rates over a client's own iterations, as over the rounds."""
-        decay = self.config.federation.meta_lr_decay
-        return decayed(decay, number, calls)
-
-    # Stage 5: everything measured
-
-    def _measure_methods(self) -> dict[str, MethodResult]:
-        """The global model, the baselines, L2P, FedL2P and the ablation, each on the pools that it is for."""
-        best, methods = self.state.best_lambda, {}
-        total = 2 + len(FINE_TUNING) + bool(self.local_lambdas) + SHUFFLES * self.config.baselines.shuffled
-        with self._bar("Testing all methods", total) as advance:
-
-            def measure(
-                label: str,
-                recipe: Callable[[int], Hyperparameters],
-                *,
-                pools: Sequence[str] = POOLS,
-                **options: Any,
-            ) -> MethodResult:
-                result = MethodResult(label, options.pop("settings", {}), {})
-                for pool in pools:
-                    ids = self.data.pool(pool)
-                    if ids:
-                        recipes = [recipe(client_id) for client_id in ids]
-                        measured = self.runtime.evaluate(recipes, ids, parts=("test",), **options)
-                        result.pools[pool] = client_table(self.data, ids, measured)
-                advance()
-                return result
-
-            nothing = self._fixed(0.0, 0.0)
-            methods["global"] = measure("Global model", nothing, finetune=False, statistics="running")
-            for name, method in FINE_TUNING.items():
-                chosen = self.rates[name]
-                methods[name] = measure(
-                    method.label,
-                    self._fixed(method.beta, chosen["rate"]),
-                    statistics=method.statistics,
-                    settings=chosen,
-                )
-            if self.local_lambdas:
-                methods["l2p"] = measure(
-                    "L2P",
-                    lambda i: self.runtime.recipe(self.local_lambdas[i], i),
-                    pools=("seen",),
-                    settings={"meta_iterations": self.l2p_calls() * self.config.client.meta_iterations},
-                )
-            settings = {"base_lr": self.base_lr(), "best_round": self.state.best_round}
-            methods["fedl2p"] = measure("FedL2P", lambda i: self.runtime.recipe(best, i), settings=settings)
-            if self.config.baselines.shuffled:
-                label, shuffled = "FedL2P, statistics shuffled", []
-                for number in range(SHUFFLES):
-                    others = self._other_clients(number)
-                    recipes = {i: self.runtime.recipe(best, other) for i, other in others.items()}
-                    shuffled.append(measure(label, recipes.__getitem__))
-                methods["fedl2p_shuffled"] = mean_of(shuffled, settings={"shuffles": SHUFFLES})
-        return methods
-
-    def _fixed(self, beta: float, rate: float) -> Callable[[int], Hyperparameters]:
-        recipe = FixedRecipe.fitting(self.runtime.model, beta=beta, rate=rate)
-        return lambda client_id: recipe(self.runtime.statistics(client_id))
-
-    def _other_clients(self, number: int) -> dict[int, int]:
-        """For each client another one of its pool, whose statistics the nets then read in shuffle `number`."""
-        others: dict[int, int] = {}
-        for pool in POOLS:
-            ids = self.data.pool(pool)
-            if len(ids) > 1:
-                order = derangement(len(ids), derive_seed(self.config.seed, "shuffle", pool, number))
-                others |= {client_id: ids[order[position]] for position, client_id in enumerate(ids)}
-            else:
-                others |= {client_id: client_id for client_id in ids}
-        return others
-
-    # What the stages share
-
-    def _on_grid(self, work: Callable[[Grid], Result], local: Callable[[], LocalGrid]) -> Result:
-        """Does the server's work on the engine that is configured."""
-        settings = self.config.federation
-        if settings.engine == "local":
-            return work(local())
-        return simulate(
-            build_remote_app(self.config, self.folder.path),
-            work,
-            num_clients=len(self.data.clients),
-            num_cpus=settings.ray.num_cpus,
-            num_gpus=settings.ray.num_gpus,
-        )
-
-    @contextlib.contextmanager
-    def _stage(self, name: str) -> Iterator[None]:
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            self.timings[name] = time.monotonic() - started
-
-    @contextlib.contextmanager
-    def _bar(self, description: str, total: int, done: int = 0) -> Iterator[Callable[[], None]]:
-        """A progress bar; where there is no terminal, one line when the stage begins."""
-        if not self.console.is_terminal:
-            self.console.print(f"{description} ...")
-            yield lambda: None
-            return
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=self.console) as progress:
-            task = progress.add_task(description, total=total, completed=done)
-            yield lambda: progress.advance(task)
+    lambdas: dict[int, Tensors]
+    calls: int
 
 
-def _load_lambdas(path: Path, client_ids: Sequence[int]) -> tuple[int, dict[int, Tensors]] | None:
-    """The number of calls that are done, and every client's lambda after them."""
-    if not path.exists():
+def local_policies(
+    context: RunContext, file: Path, runtime: ClientRuntime, start: Tensors, state: MetaState
+) -> LocalPolicies | None:
+    """Stage 4: every seen client learns a lambda of its own (L2P), with FedL2P's mean number of iterations.
+
+    Args:
+        context: of the run.
+        file: every client's lambda, and the number of calls that are done.
+        runtime: the clients.
+        start: lambda before the first iteration.
+        state: of the rounds.
+
+    Returns:
+        None where `baselines.l2p` is off.
+    """
+    if not context.config.baselines.l2p:
         return None
-    tensors = load_tensors(path)
-    metadata = load_metadata(path)
+    seen, calls = context.data.pool("seen"), mean_calls(context, state)
+    done, lambdas = _load_lambdas(file, seen, calls) or (0, dict.fromkeys(seen, start))
+    saved = time.monotonic()
+    with context.bar("L2P, each client alone", calls, done) as bar:
+        for number in range(done + 1, calls + 1):
+            updates = runtime.meta_update(
+                [lambdas[i] for i in seen],
+                seen,
+                number,
+                phase="l2p",
+                meta_lr_scale=decayed(context.config.federation.meta_lr_decay, number, calls),
+            )
+            lambdas = {i: update.lambda_ for i, update in zip(seen, updates, strict=True)}
+            bar.advance()
+            if number == calls or time.monotonic() - saved > SAVE_SECONDS:
+                flat = {f"{i}/{name}": t for i, own in lambdas.items() for name, t in own.items()}
+                write_tensors(file, flat, {"done": str(number), "calls": str(calls)})
+                saved = time.monotonic()
+    return LocalPolicies(lambdas, calls)
+
+
+def mean_calls(context: RunContext, state: MetaState) -> int:
+    """How many times FedL2P asks a seen client on average; at least once."""
+    asked = sum(len(record.clients) for record in state.history)
+    return max(1, round(asked / len(context.data.pool("seen"))))
+
+
+def _load_lambdas(file: Path, client_ids: Sequence[int], calls: int) -> tuple[int, dict[int, Tensors]] | None:
+    """The number of calls that are done, and every client's lambda after them; None after fewer rounds than now."""
+    if not file.exists():
+        return None
+    tensors, metadata = read_tensors(file)
+    if metadata.get("calls") != str(calls):  # the run was extended, so the rates decay over more calls
+        return None
     own: dict[int, Tensors] = {client_id: {} for client_id in client_ids}
     for key, tensor in tensors.items():
         client_id, _, name = key.partition("/")

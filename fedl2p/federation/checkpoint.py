@@ -1,17 +1,16 @@
 """Checkpoints of the rounds: one file, written atomically, loaded without unpickling."""
 
 import json
-import os
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from fedl2p.core.functional import Tensors
 from fedl2p.core.statistics import ClientStatistics
 from fedl2p.errors import RunFolderError
 from fedl2p.federation.state import MetaState, RoundRecord
+from fedl2p.io import read_tensors, write_tensors
 
 FILE_NAME = "rounds.safetensors"
 
@@ -34,49 +33,6 @@ def save_state(folder: Path, state: MetaState) -> None:
     write_tensors(folder / FILE_NAME, tensors, {"state": json.dumps(numbers)})
 
 
-def write_tensors(path: Path, tensors: Tensors, metadata: dict[str, str]) -> None:
-    """Writes a safetensors file atomically."""
-    # Several processes may write the same statistics.
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    # safetensors refuses tensors that share memory, as the current and the best lambda may.
-    save_file(
-        {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()},
-        temporary,
-        metadata,
-    )
-    os.replace(temporary, path)
-
-
-def load_tensors(path: Path) -> Tensors:
-    """The tensors of a safetensors file.
-
-    Raises:
-        RunFolderError: the file is damaged.
-    """
-    return _read(path)[0]
-
-
-def load_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file.
-
-    Raises:
-        RunFolderError: the file is damaged.
-    """
-    return _read(path)[1]
-
-
-def _read(path: Path) -> tuple[Tensors, dict[str, str]]:
-    try:
-        with safe_open(path, framework="pt") as archive:
-            # The copies are aligned as fresh tensors are: sums over others round otherwise, and runs would not repeat.
-            tensors = {key: archive.get_tensor(key).clone() for key in archive.keys()}  # noqa: SIM118 (not a dict)
-            return tensors, archive.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise RunFolderError(
-            f"The file {path} is damaged or no safetensors file ({error}); delete or replace it."
-        ) from error
-
-
 def save_statistics(path: Path, statistics: ClientStatistics) -> None:
     """Keeps a client's statistics for processes that come later."""
     tensors = {"bn_divergence": statistics.bn_divergence, "layer_moments": statistics.layer_moments}
@@ -93,7 +49,7 @@ def load_statistics(path: Path, device: torch.device | str) -> ClientStatistics:
     Raises:
         RunFolderError: the file is damaged.
     """
-    tensors, metadata = _read(path)
+    tensors, metadata = read_tensors(path)
     tensors = {name: t.to(device) for name, t in tensors.items()}
     names = json.loads(metadata["batchnorm_names"])
     return ClientStatistics(
@@ -114,14 +70,14 @@ def load_state(folder: Path) -> MetaState | None:
     path = folder / FILE_NAME
     if not path.exists():
         return None
-    tensors, metadata = _read(path)
+    tensors, metadata = read_tensors(path)
     parts: dict[str, Tensors] = {"lambda": {}, "best": {}}
     for key, tensor in tensors.items():
         part, _, name = key.partition("/")
         parts.setdefault(part, {})[name] = tensor
     try:
         numbers = json.loads(metadata["state"])
-        history = [RoundRecord(**{**r, "clients": tuple(r["clients"])}) for r in numbers["history"]]
+        history = [_record(r) for r in numbers["history"]]
     except (KeyError, TypeError, ValueError) as error:
         raise RunFolderError(f"The file {path} is no checkpoint of rounds; delete or replace it.") from error
     return MetaState(
@@ -131,3 +87,9 @@ def load_state(folder: Path) -> MetaState | None:
         best_round=numbers["best_round"],
         history=history,
     )
+
+
+def _record(values: dict[str, Any]) -> RoundRecord:
+    # Files of earlier versions have no `clipped`.
+    lists = {key: tuple(values.get(key, ())) for key in ("clients", "clipped")}
+    return RoundRecord(**(values | lists))

@@ -5,22 +5,20 @@ from collections.abc import Callable, Sequence
 
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid
 
 from fedl2p.core.functional import Tensors
-from fedl2p.errors import FederationError
 from fedl2p.federation.messages import (
     ARRAYS,
     CONFIG,
-    IDENTIFY,
     META_EVALUATE,
+    META_LOSS,
     META_TRAIN,
-    METRICS,
     NET_INPUTS,
     NUM_SAMPLES,
     PARTITION,
+    SKIPPED_STEPS,
+    VAL_LOSS,
     from_arrays,
-    instruction,
     reply,
 )
 from fedl2p.federation.runtime import ClientRuntime
@@ -44,28 +42,6 @@ def add_identity_handler(app: ClientApp) -> None:
     @app.query("identify")
     def identify(message: Message, context: Context) -> Message:
         return reply(message, metrics={PARTITION: _client_id(context)})
-
-
-def find_nodes(grid: Grid) -> dict[int, int]:
-    """Asks every node which client it holds.
-
-    Args:
-        grid: whose apps answer `query.identify`.
-
-    Returns:
-        Node ids by client id, in the order of client ids.
-
-    Raises:
-        FederationError: a node does not answer as it should.
-    """
-    found: dict[int, int] = {}
-    for answer in grid.send_and_receive([instruction(IDENTIFY, node, config={}) for node in grid.get_node_ids()]):
-        if answer.has_error():
-            raise FederationError(f"A node could not say which client it holds: {answer.error.reason}")
-        client_id = answer.content.metric_records[METRICS][PARTITION]
-        assert isinstance(client_id, int)
-        found[client_id] = answer.metadata.src_node_id
-    return dict(sorted(found.items()))
 
 
 def add_meta_handlers(app: ClientApp, runtime: Callable[[], ClientRuntime]) -> None:
@@ -119,8 +95,8 @@ def _train(runtime: ClientRuntime, messages: Sequence[Message], contexts: Sequen
         losses = [float(loss) for loss in update.val_losses if math.isfinite(float(loss))]
         metrics = {
             NUM_SAMPLES: runtime.statistics(client_id).num_samples,
-            "meta-loss": sum(losses) / len(losses) if losses else math.nan,
-            "skipped-steps": update.skipped,
+            META_LOSS: sum(losses) / len(losses) if losses else math.nan,
+            SKIPPED_STEPS: update.skipped,
         }
         replies.append(reply(message, arrays=update.lambda_, metrics=metrics))
     return replies
@@ -137,7 +113,7 @@ def _evaluate(runtime: ClientRuntime, messages: Sequence[Message], contexts: Seq
     return [
         reply(
             message,
-            metrics={NUM_SAMPLES: runtime.statistics(client_id).num_samples, "val-loss": parts["val"].val_loss},
+            metrics={NUM_SAMPLES: runtime.statistics(client_id).num_samples, VAL_LOSS: parts["val"].val_loss},
         )
         for message, client_id, parts in zip(messages, client_ids, measured, strict=True)
     ]

@@ -1,41 +1,232 @@
-"""The server's side of Algorithm 1: the rounds, the choice of the best lambda, patience, and resuming."""
+"""Algorithm 1 of FedL2P, the server's side (Lee et al. 2023, https://arxiv.org/abs/2310.02420).
 
+    federation = set_up(grid, meta_nets, names, settings)
+    state = run_rounds(grid, federation, new_state(federation))
+
+`Federation` is what does not change, `MetaState` what is learned. Every function returns what it found out; none keeps
+anything. Draws follow from the seed, the round and the client ids, and replies are summed in the order of client ids,
+so a run repeats bit for bit although nodes and replies come in any order.
+"""
+
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Literal, TypeVar, get_args
 
+import numpy as np
 import torch
-from flwr.app import ConfigRecord
+from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedl2p.core.functional import Tensors
 from fedl2p.core.meta_nets import MetaNets
-from fedl2p.errors import ConfigError
-from fedl2p.federation.messages import from_arrays, to_arrays
+from fedl2p.errors import ConfigError, FederationError
+from fedl2p.federation.aggregation import Aggregation, bound_weights, clip_updates, combine, middle
+from fedl2p.federation.messages import META_EVALUATE, META_TRAIN, instruction, to_arrays
+from fedl2p.federation.participants import Participant, find_participants, standardize_inputs
+from fedl2p.federation.replies import MAX_LOSS, Refusal, answers, loss_in_range, read_loss, read_update
 from fedl2p.federation.state import MetaState, RoundCallback, RoundRecord
-from fedl2p.federation.strategy import FedL2PStrategy
+from fedl2p.seeding import derive_seed
+
+Decay = Literal["none", "cosine"]
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundSettings:
+    """How the rounds go.
+
+    Attributes:
+        rounds: T, the number of the last round; 0 only measures the initial lambda.
+        patience: stop after so many rounds without a better lambda; at least 1.
+        client_fraction: r, the share of the participants in a round, above 0 and at most 1.
+        validation_fraction: the share of the participants in the fixed validation cohort, likewise.
+        min_reply_fraction: of the clients that are asked, the share that must give a usable answer, likewise.
+        meta_lr_decay: `cosine` lowers the meta learning rates to 0 over the rounds; `none` keeps them (the paper).
+        aggregation: how the clients' lambdas become one, see `combine`; `mean` is Algorithm 1's. With the others, the
+            validation losses are combined by a trimmed mean without weights.
+        max_update_norm: how far a client can move lambda in a round, as a Euclidean norm; longer updates are shortened.
+            `auto` follows the updates of the round, see `clip_updates`; None is no limit.
+        max_client_weight: the largest share of a round that one client can weigh, above 0 and at most 1.
+        max_loss_ratio: a round whose validation loss is more than so many times the best one is rolled back to the
+            lambda of that one, at least 1; None never rolls back.
+        seed: of the run.
+
+    Raises:
+        ConfigError: a value outside those.
+    """
+
+    rounds: int = 100
+    patience: int = 100
+    client_fraction: float = 0.1
+    validation_fraction: float = 1.0
+    min_reply_fraction: float = 0.5
+    meta_lr_decay: Decay = "none"
+    aggregation: Aggregation = "mean"
+    max_update_norm: float | Literal["auto"] | None = "auto"
+    max_client_weight: float = 0.75
+    max_loss_ratio: float | None = 3.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        for key in ("client_fraction", "validation_fraction", "min_reply_fraction", "max_client_weight"):
+            value = getattr(self, key)
+            if not 0 < value <= 1:
+                raise ConfigError(f"federation.{key} is {value}; allowed is above 0 and at most 1.")
+        for key, words in (("meta_lr_decay", get_args(Decay)), ("aggregation", get_args(Aggregation))):
+            value = getattr(self, key)
+            if value not in words:
+                allowed = ", ".join(repr(word) for word in words[:-1])
+                raise ConfigError(f"federation.{key} is '{value}'; allowed are {allowed} and {words[-1]!r}.")
+        norm = self.max_update_norm
+        if norm not in ("auto", None) and not 0 < float(norm) < math.inf:
+            raise ConfigError(f"federation.max_update_norm is {norm}; allowed is above 0, 'auto' or null.")
+        if self.max_loss_ratio is not None and not 1 <= self.max_loss_ratio < math.inf:
+            raise ConfigError(f"federation.max_loss_ratio is {self.max_loss_ratio}; allowed is 1 or more, or null.")
+        if self.rounds < 0:
+            raise ConfigError(f"federation.rounds is {self.rounds}; allowed is at least 0.")
+        if self.patience < 1:
+            raise ConfigError(f"federation.patience is {self.patience}; allowed is at least 1.")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Federation:
+    """What the rounds know and never change.
+
+    Attributes:
+        settings: how the rounds go.
+        participants: the seen clients that take part, in the order of client ids.
+        initial: lambda before the first round; its names, shapes and types are those of every lambda.
+        net_inputs: the buffers of the nets, which say how their inputs are standardized; sent along with lambda, since
+            clients may live in other processes. Where there are none, clients keep theirs.
+        failures: by name, why a seen client cannot take part.
+    """
+
+    settings: RoundSettings
+    participants: tuple[Participant, ...]
+    initial: Tensors
+    net_inputs: Tensors
+    failures: dict[str, str] = field(default_factory=dict)
+
+    def training_clients(self, number: int) -> list[Participant]:
+        """Line 3 of Algorithm 1: who trains in round `number`, in the order of client ids."""
+        return self._sample(self.settings.client_fraction, "sample", number)
+
+    def validation_clients(self) -> list[Participant]:
+        """The fixed cohort that every round is measured on, in the order of client ids."""
+        return self._sample(self.settings.validation_fraction, "validation")
+
+    def needed(self, asked: Sequence[Participant]) -> int:
+        """How many of those that are asked must give a usable answer."""
+        return max(1, math.ceil(self.settings.min_reply_fraction * len(asked)))
+
+    def _sample(self, fraction: float, *key: int | str) -> list[Participant]:
+        """A share of the participants without replacement, at least one."""
+        count = max(1, round(fraction * len(self.participants)))
+        rng = np.random.default_rng(derive_seed(self.settings.seed, *key))
+        return [self.participants[i] for i in sorted(rng.choice(len(self.participants), count, replace=False))]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Training:
+    """What a round of training gave.
+
+    Attributes:
+        lambda_: the mean of the clients' lambdas.
+        meta_loss: the clients' mean validation loss while they trained, weighted by N_i.
+        clients: whose lambdas were averaged.
+        failures: by name, why a client was left out.
+        clipped: names of the clients whose update was shortened.
+        skipped_steps: meta iterations that were not finite and changed nothing.
+    """
+
+    lambda_: Tensors
+    meta_loss: float
+    clients: tuple[Participant, ...]
+    failures: dict[str, str]
+    clipped: tuple[str, ...]
+    skipped_steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """What a lambda is worth.
+
+    Attributes:
+        loss: the cohort's mean validation loss, weighted by N_i; infinite where it diverges for too many clients.
+        failures: by name, why a client was left out.
+    """
+
+    loss: float
+    failures: dict[str, str]
+
+
+def set_up(
+    grid: Grid,
+    meta_nets: MetaNets,
+    names: dict[int, str],
+    settings: RoundSettings,
+    *,
+    base_lr: float | None = None,
+    standardize: bool = True,
+) -> Federation:
+    """Everything before the first round, once: who takes part, and the lambda to begin with.
+
+    Args:
+        grid: carries the messages.
+        meta_nets: new ones. They are made ready in place, so that whoever holds them reads clients as the rounds do.
+        names: of the seen clients, by client id; nodes of other clients take no part.
+        settings: how the rounds will go.
+        base_lr: what every eta~ starts with; None leaves the nets' own.
+        standardize: whether the nets' inputs are standardized by the participants' statistics.
+
+    Raises:
+        FederationError: too few of the clients can take part.
+    """
+    template = {
+        "bn_divergence": meta_nets.base_lr.new_zeros(len(meta_nets.batchnorm_names)),
+        "layer_moments": meta_nets.base_lr.new_zeros(2 * len(meta_nets.layer_names)),
+    }
+    participants, failures = find_participants(grid, names, template, min_reply_fraction=settings.min_reply_fraction)
+    if base_lr is not None:
+        with torch.no_grad():
+            meta_nets.base_lr.fill_(base_lr)
+    if standardize:
+        standardize_inputs(meta_nets, participants)
+    return Federation(
+        settings=settings,
+        participants=participants,
+        initial={name: p.detach().clone() for name, p in meta_nets.named_parameters()},
+        net_inputs={name: b.detach().clone() for name, b in meta_nets.named_buffers()},
+        failures=failures,
+    )
+
+
+def new_state(federation: Federation) -> MetaState:
+    """The state before the first round."""
+    return MetaState(lambda_=federation.initial, best_lambda=federation.initial)
 
 
 def run_rounds(
     grid: Grid,
-    strategy: FedL2PStrategy,
+    federation: Federation,
     state: MetaState,
     *,
-    rounds: int,
-    patience: int,
     callbacks: Sequence[RoundCallback] = (),
     save: Callable[[MetaState], None] = lambda state: None,
 ) -> MetaState:
     """Runs Algorithm 1 from where `state` stands.
 
-    The initial lambda is measured as round 0. After each round the aggregated lambda is measured on the fixed cohort;
-    the one with the lowest validation loss is kept. Test data play no part.
+    The initial lambda is measured as round 0. After each round the new lambda is measured on the fixed cohort; the one
+    with the lowest validation loss is kept. Test data play no part.
 
     Args:
         grid: carries the messages.
-        strategy: after `discover`.
+        federation: from `set_up`.
         state: a new one, or that of a checkpoint; it is brought up to date.
-        rounds: T, the number of the last round.
-        patience: stop after so many rounds without a better lambda; at least 1.
         callbacks: look on.
         save: called after each round.
 
@@ -44,86 +235,165 @@ def run_rounds(
 
     Raises:
         FederationError: a round has too few usable replies.
-        ConfigError: a patience below 1.
     """
-    if patience < 1:
-        raise ConfigError(f"federation.patience is {patience}; allowed is at least 1.")
+    settings, unable = federation.settings, _labelled(federation.failures, "set-up")
     for callback in callbacks:
-        callback.on_rounds_start(state, rounds)
+        callback.on_rounds_start(state, settings.rounds)
     try:
-        if state.round < 0:
-            started = time.monotonic()
-            val_loss = _validate(grid, strategy, state.lambda_, 0)
-            record = RoundRecord(round=0, val_loss=val_loss, failures=_validation_failures(strategy))
-            _finish(state, record, state.lambda_, started, callbacks, save)
-        while state.round < rounds and not state.out_of_patience(patience):
-            _round(grid, strategy, state, callbacks, save)
+        while state.round < settings.rounds and not state.out_of_patience(settings.patience):
+            lambda_, record = run_round(grid, federation, state)
+            record, unable = replace(record, failures=unable | record.failures), {}  # said once, with the first round
+            state.add(record, lambda_)
+            save(state)
+            for callback in callbacks:
+                callback.on_round_end(state, record)
     finally:
         for callback in callbacks:
             callback.on_rounds_end(state)
     return state
 
 
-def _round(
-    grid: Grid,
-    strategy: FedL2PStrategy,
-    state: MetaState,
-    callbacks: Sequence[RoundCallback],
-    save: Callable[[MetaState], None],
-) -> None:
-    started, number = time.monotonic(), state.round + 1
-    messages = strategy.configure_train(number, to_arrays(state.lambda_), ConfigRecord(), grid)
-    arrays, metrics = strategy.aggregate_train(number, grid.send_and_receive(messages))
-    assert arrays is not None and metrics is not None
-    lambda_, failures = from_arrays(arrays, state.lambda_), dict(strategy.failures)
-    val_loss = _validate(grid, strategy, lambda_, number)
-    meta_loss, clients = metrics["meta-loss"], metrics["clients"]
-    assert isinstance(meta_loss, float) and isinstance(clients, list)
+def run_round(grid: Grid, federation: Federation, state: MetaState) -> tuple[Tensors, RoundRecord]:
+    """The round that comes after `state`, which stays as it is; round 0 only measures.
+
+    Returns:
+        The lambda to go on with, and what happened.
+    """
+    started, number, lambda_ = time.monotonic(), state.round + 1, state.lambda_
+    if number == 0:
+        validation = validate(grid, federation, lambda_, number)
+        record = RoundRecord(round=0, val_loss=validation.loss, failures=_labelled(validation.failures, "validation"))
+        return lambda_, replace(record, seconds=time.monotonic() - started)
+    training = train(grid, federation, lambda_, number)
+    validation = validate(grid, federation, training.lambda_, number)
+    ruined = is_ruined(validation.loss, state.best_loss, federation.settings.max_loss_ratio)
     record = RoundRecord(
         round=number,
-        val_loss=val_loss,
-        meta_loss=meta_loss,
-        clients=tuple(strategy.names[int(client_id)] for client_id in clients),
-        failures=failures | _validation_failures(strategy),
-        skipped_steps=strategy.skipped_steps,
+        val_loss=validation.loss,
+        meta_loss=training.meta_loss,
+        clients=tuple(participant.name for participant in training.clients),
+        failures=training.failures | _labelled(validation.failures, "validation"),
+        clipped=training.clipped,
+        rolled_back=ruined,
+        skipped_steps=training.skipped_steps,
+        seconds=time.monotonic() - started,
     )
-    _finish(state, record, lambda_, started, callbacks, save)
+    return state.best_lambda if ruined else training.lambda_, record
 
 
-def _validate(grid: Grid, strategy: FedL2PStrategy, lambda_: Tensors, number: int) -> float:
-    messages = strategy.configure_evaluate(number, to_arrays(lambda_), ConfigRecord(), grid)
-    metrics = strategy.aggregate_evaluate(number, grid.send_and_receive(messages))
-    assert metrics is not None
-    value = metrics["val-loss"]
-    assert isinstance(value, float)
-    return value
+def is_ruined(loss: float, best: float, max_ratio: float | None) -> bool:
+    """Whether a round's validation loss is not finite, or far above the best one; never before there is a best one."""
+    if max_ratio is None or not math.isfinite(best):
+        return False
+    return not math.isfinite(loss) or loss > max_ratio * best
 
 
-def _validation_failures(strategy: FedL2PStrategy) -> dict[str, str]:
-    return {f"{name} (validation)": reason for name, reason in strategy.failures.items()}
+def train(grid: Grid, federation: Federation, lambda_: Tensors, number: int) -> Training:
+    """Lines 3 to 14 of Algorithm 1: a sample of clients learns from `lambda_`; the mean of what they return."""
+    replies = grid.send_and_receive(training_messages(federation, lambda_, number))
+    return aggregate(federation, lambda_, number, replies)
 
 
-def _finish(
-    state: MetaState,
-    record: RoundRecord,
-    lambda_: Tensors,
-    started: float,
-    callbacks: Sequence[RoundCallback],
-    save: Callable[[MetaState], None],
-) -> None:
-    record = RoundRecord(**{**vars(record), "seconds": time.monotonic() - started})
-    state.add(record, lambda_)
-    save(state)
-    for callback in callbacks:
-        callback.on_round_end(state, record)
+def training_messages(federation: Federation, lambda_: Tensors, number: int) -> list[Message]:
+    """Lines 3 to 5 of Algorithm 1: lambda to a sample of the participants."""
+    scale = decayed(federation.settings.meta_lr_decay, number, federation.settings.rounds)
+    config = {"server-round": number, "meta-lr-scale": scale}
+    return _messages(META_TRAIN, federation.training_clients(number), federation, lambda_, config)
 
 
-def standardize_inputs(meta_nets: MetaNets, strategy: FedL2PStrategy) -> None:
-    """Sets the nets' input shift and scale to those of the participants' statistics, see `MetaNets.standardize`."""
-    participants = list(strategy.participants.values())
-    moments = torch.stack([p.layer_moments for p in participants])
-    meta_nets.standardize(
-        torch.stack([p.bn_divergence for p in participants]),
-        moments,
-        moments.new_tensor([float(p.num_samples) for p in participants]),
+def aggregate(federation: Federation, lambda_: Tensors, number: int, replies: Iterable[Message]) -> Training:
+    """Line 14 of Algorithm 1: the mean of the clients' lambdas, weighted by their training samples.
+
+    Updates that are too long are shortened first, and no client weighs too much; another aggregation may be set.
+
+    Raises:
+        FederationError: too few usable replies.
+    """
+    settings = federation.settings
+    read = partial(read_update, template=federation.initial)
+    updates, failures = _collected(federation, number, federation.training_clients(number), replies, read)
+    clients = tuple(participant for participant, _ in updates)
+    weights = bound_weights([participant.num_samples for participant in clients], settings.max_client_weight)
+    lambdas, clipped = clip_updates(lambda_, [update.lambda_ for _, update in updates], settings.max_update_norm)
+    return Training(
+        lambda_=combine(lambda_, lambdas, weights, settings.aggregation),
+        meta_loss=middle([update.meta_loss for _, update in updates], weights, settings.aggregation),
+        clients=clients,
+        failures=failures,
+        clipped=tuple(clients[position].name for position in clipped),
+        skipped_steps=sum(update.skipped_steps for _, update in updates),
     )
+
+
+def validate(grid: Grid, federation: Federation, lambda_: Tensors, number: int) -> Validation:
+    """Measures `lambda_` on the fixed cohort."""
+    return combine_losses(federation, number, grid.send_and_receive(validation_messages(federation, lambda_, number)))
+
+
+def validation_messages(federation: Federation, lambda_: Tensors, number: int) -> list[Message]:
+    """Lambda to the fixed validation cohort."""
+    config = {"server-round": number}
+    return _messages(META_EVALUATE, federation.validation_clients(), federation, lambda_, config)
+
+
+def combine_losses(federation: Federation, number: int, replies: Iterable[Message]) -> Validation:
+    """The cohort's validation losses as one.
+
+    Raises:
+        FederationError: too few usable replies.
+    """
+    asked, settings = federation.validation_clients(), federation.settings
+    measured, failures = _collected(federation, number, asked, replies, read_loss)
+    votes = [(p, loss) for p, loss in measured if loss_in_range(loss)]
+    failures |= {
+        p.name: f"its validation loss is {loss:g}; allowed is 0 to {MAX_LOSS:g}"
+        for p, loss in measured
+        if not loss_in_range(loss)
+    }
+    if len(votes) < federation.needed(asked):
+        return Validation(loss=math.inf, failures=failures)
+    weights = bound_weights([p.num_samples for p, _ in votes], settings.max_client_weight)
+    return Validation(loss=middle([loss for _, loss in votes], weights, settings.aggregation), failures=failures)
+
+
+def decayed(decay: str, number: int, total: int) -> float:
+    """What the meta learning rates are multiplied by in step `number` of `total`, counted from 1."""
+    return 0.5 * (1 + math.cos(math.pi * (number - 1) / max(total, 1))) if decay == "cosine" else 1.0
+
+
+def _messages(
+    kind: str, chosen: Sequence[Participant], federation: Federation, lambda_: Tensors, config: dict[str, Any]
+) -> list[Message]:
+    arrays = to_arrays(lambda_)
+    net_inputs = to_arrays(federation.net_inputs) if federation.net_inputs else None
+    return [instruction(kind, p.node_id, arrays=arrays, net_inputs=net_inputs, config=dict(config)) for p in chosen]
+
+
+def _collected(
+    federation: Federation,
+    number: int,
+    asked: Sequence[Participant],
+    replies: Iterable[Message],
+    read: Callable[[RecordDict], Value],
+) -> tuple[list[tuple[Participant, Value]], dict[str, str]]:
+    """The usable answers in the order of client ids, and by name why the others are of no use."""
+    by_node = {participant.node_id: participant for participant in asked}
+    usable: list[tuple[Participant, Value]] = []
+    failures: dict[str, str] = {}
+    for node_id, answer in answers(by_node, replies, read):
+        if isinstance(answer, Refusal):
+            failures[by_node[node_id].name] = answer.reason
+        else:
+            usable.append((by_node[node_id], answer))
+    fraction, needed = federation.settings.min_reply_fraction, federation.needed(asked)
+    if len(usable) < needed:
+        name, reason = next(iter(failures.items()))
+        raise FederationError(
+            f"Round {number}: {len(usable)} of {len(asked)} clients gave a usable answer, {needed} are needed "
+            f"(federation.min_reply_fraction {fraction}); '{name}': {reason}."
+        )
+    return usable, failures
+
+
+def _labelled(failures: dict[str, str], label: str) -> dict[str, str]:
+    return {f"{name} ({label})": reason for name, reason in failures.items()}

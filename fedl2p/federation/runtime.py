@@ -1,27 +1,26 @@
 """What a client process knows and does: its data, the global model, and Algorithm 1's client side."""
 
-import contextlib
 import copy
 import logging
-import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
+from lightning.fabric import Fabric
 from torch import nn
+from torch.utils.data import DataLoader
 
-from fedl2p.client import FedL2PClient, Limit, inner_batches, limited
-from fedl2p.core.cohort import ClientTask, CohortRunner, Evaluation, MetaUpdate, automatic_cohort_size
-from fedl2p.core.finetune import CompiledStep, EvaluationStatistics, RunningStart
+from fedl2p.client import FedL2PClient
+from fedl2p.core.episode import Episode, Limit, gather_batches, make_episode
+from fedl2p.core.finetune import to_model
 from fedl2p.core.functional import Batch, FunctionalModel, LossFunction, Tensors
 from fedl2p.core.hypergradients import HypergradientEstimator
+from fedl2p.core.learner import Evaluation, Learner, MetaUpdate
 from fedl2p.core.meta_nets import Hyperparameters, MetaNets
-from fedl2p.core.meta_step import META_LR
+from fedl2p.core.settings import BatchNormMode, LearnerSettings
 from fedl2p.core.statistics import ClientStatistics, collect_statistics
 from fedl2p.federation.checkpoint import load_statistics, save_statistics
 from fedl2p.seeding import derive_seed
@@ -37,7 +36,8 @@ class ClientRuntime:
         data: the clients' data.
         model: theta_g as a function.
         meta_nets: the structure of the nets, with the standardization of their inputs.
-        runner: passes clients through the core in cohorts.
+        learner: what computes, for single clients and for cohorts.
+        settings: how a client learns.
         automatic_sizes: the cohort sizes that were chosen, by samples in a training batch.
     """
 
@@ -47,19 +47,14 @@ class ClientRuntime:
         model: nn.Module,
         meta_nets: MetaNets,
         *,
-        estimator: HypergradientEstimator,
-        meta_iterations: int = 3,
-        finetune_epochs: int = 15,
-        meta_lr: dict[str, float] | None = None,
-        clip_value: float = 1.0,
-        running_start: RunningStart = "measured",
-        evaluation_statistics: EvaluationStatistics = "running",
+        estimator: HypergradientEstimator | None = None,
+        settings: LearnerSettings | None = None,
         val_loss_fn: LossFunction | None = None,
         cohort_size: int | None = None,
-        device: torch.device | str = "cpu",
-        autocast: torch.dtype | None = None,
+        fabric: Fabric | None = None,
         compile: bool = False,
         seed: int = 0,
+        limits: Mapping[str, Limit] | None = None,
         trainer: dict[str, Any] | None = None,
         statistics_folder: Path | None = None,
     ) -> None:
@@ -69,54 +64,38 @@ class ClientRuntime:
             data: the clients' data.
             model: theta_g, from `convert_batchnorm`.
             meta_nets: fitting `model`.
-            estimator: of the hypergradient.
-            meta_iterations: K.
-            finetune_epochs: e.
-            meta_lr: zeta by group, see `meta_optimizer`.
-            clip_value: of the hypergradient.
-            running_start: see `initial_running`.
-            evaluation_statistics: of FedL2P's validation and testing, see `evaluation_loss`.
-            val_loss_fn: L_V; None is the training loss.
-            cohort_size: the most clients in one vmapped call; None follows `automatic_cohort_size`, 1 runs each client
-                through `Trainer.fit`.
-            device: where cohorts run.
-            autocast: the half precision of cohorts' fine-tuning; None is none.
-            compile: whether inner steps of single clients are compiled, see `CompiledStep`.
+            estimator: of the hypergradient; None is `Unrolled()`.
+            settings: how a client learns; None is `LearnerSettings()`.
+            val_loss_fn: what the nets lower; None is the training loss.
+            cohort_size: the most clients that are stacked; None follows `automatic_cohort_size`.
+            fabric: the device and the precision; None is the CPU in float32.
+            compile: whether inner steps of single clients are compiled, see `CompiledSteps`.
             seed: of the run; batch orders follow from it, the round and the client.
-            trainer: arguments of the Lightning Trainer.
+            limits: the part of the `train`, `val` and `test` batches that is used, as Lightning's `limit_*_batches`.
+            trainer: arguments of a Lightning Trainer through which each client learns by itself; None is none.
             statistics_folder: where clients' statistics outlast the process; None keeps them in memory only.
         """
         self.data = data
-        self.device = torch.device(device)
-        self.autocast = autocast
-        self.model = FunctionalModel.of(model.requires_grad_(False).to(self.device), val_loss_fn=val_loss_fn)
-        if compile:
-            self.model = replace(self.model, compiled=CompiledStep())
+        self.fabric = fabric if fabric is not None else Fabric(accelerator="cpu", devices=1)
+        self.device = self.fabric.device
+        self.settings = settings if settings is not None else LearnerSettings()
         self.meta_nets = meta_nets.to(self.device)
-        self.estimator = estimator
-        self.meta_iterations = meta_iterations
-        self.finetune_epochs = finetune_epochs
-        self.meta_lr = dict(META_LR if meta_lr is None else meta_lr)
-        self.clip_value = clip_value
-        self.running_start: RunningStart = running_start
-        self.evaluation_statistics: EvaluationStatistics = evaluation_statistics
+        functional = FunctionalModel.of(model.requires_grad_(False).to(self.device), val_loss_fn=val_loss_fn)
+        self.learner = Learner(functional, meta_nets, estimator=estimator, settings=self.settings, compile=compile)
         self.cohort_size = cohort_size
         self.seed = seed
-        self.trainer_arguments = dict(trainer or {})
+        self.limits = dict(limits or {})
+        self.trainer_arguments = trainer
         self.statistics_folder = statistics_folder
         self.automatic_sizes: dict[int, int] = {}
         self._statistics: dict[int, ClientStatistics] = {}
         data.to(self.device)
-        if self.device.type == "cpu" and self._automatic_size(data.batch_size) == 1:
-            # Networks large enough to go one client at a time are faster so; small ones, stacked, are not.
-            model.to(memory_format=torch.channels_last)
-            self.model = replace(self.model, fused_batchnorm=True)
-        self.runner = CohortRunner(self.model, running_start=running_start)
+        self.learner.fit_to(self._zeros(data.batch_size))
 
     @property
-    def through_trainer(self) -> bool:
-        """Whether each client learns as a `FedL2PClient` in a Trainer of its own instead of in a cohort."""
-        return self.cohort_size == 1
+    def model(self) -> FunctionalModel:
+        """theta_g as a function."""
+        return self.learner.model
 
     def statistics(self, client_id: int) -> ClientStatistics:
         """A client's statistics, collected at the first call."""
@@ -126,7 +105,8 @@ class ClientRuntime:
                 self._statistics[client_id] = load_statistics(kept, self.device)
             else:
                 loader = self.data.client(client_id).statistics_dataloader()
-                self._statistics[client_id] = collect_statistics(self.model.module, loader)
+                batches = (to_model([batch], self.model)[0] for batch in loader)
+                self._statistics[client_id] = collect_statistics(self.model.module, batches)
                 if kept is not None:
                     kept.parent.mkdir(parents=True, exist_ok=True)
                     save_statistics(kept, self._statistics[client_id])
@@ -134,23 +114,22 @@ class ClientRuntime:
 
     def lambda_(self) -> Tensors:
         """The nets' own parameters, detached copies by name."""
-        return {name: p.detach().clone() for name, p in self.meta_nets.named_parameters()}
+        return self.learner.lambda_()
 
     def recipe(self, lambda_: Tensors, client_id: int) -> Hyperparameters:
         """What `lambda_` answers for a client (Eq. 4)."""
-        statistics = self.statistics(client_id)
-        with torch.no_grad():
-            return torch.func.functional_call(self.meta_nets, lambda_, statistics.net_inputs())
+        return self.learner.recipe(lambda_, self.statistics(client_id).net_inputs())
 
-    def meta_tasks(self, client_id: int, phase: str, round_number: int) -> list[ClientTask]:
+    def meta_episodes(self, client_id: int, phase: str, round_number: int) -> list[Episode]:
         """The client's K meta iterations of a round: the same data in new orders that follow from the seed."""
         client = self.data.client(client_id, seed=derive_seed(self.seed, phase, round_number, client_id))
         loader = client.train_dataloader()
-        val = self._batches(client.val_dataloader(), self._limit("val") or None)
-        statistics = self.statistics(client_id)
-        return [ClientTask(statistics, self._inner_batches(loader), val, []) for _ in range(self.meta_iterations)]
+        val = self._batches(client.val_dataloader(), "val")
+        return [
+            self._episode(client_id, self._train_batches(loader), val) for _ in range(self.settings.meta_iterations)
+        ]
 
-    def personal_task(self, client_id: int, parts: Sequence[str]) -> ClientTask:
+    def personal_episode(self, client_id: int, parts: Sequence[str]) -> Episode:
         """The client's personalization, in one fixed order of batches, so that recipes are compared on equal terms.
 
         Args:
@@ -158,21 +137,25 @@ class ClientRuntime:
             parts: which of `val` and `test` to bring.
         """
         client = self.data.client(client_id, seed=derive_seed(self.seed, "personalize", client_id))
-        return ClientTask(
-            self.statistics(client_id),
-            self._inner_batches(client.train_dataloader()),
-            self._batches(client.val_dataloader(), self._limit("val") or None) if "val" in parts else [],
-            self._batches(client.test_dataloader(), self._limit("test")) if "test" in parts else [],
+        return self._episode(
+            client_id,
+            self._train_batches(client.train_dataloader()),
+            self._batches(client.val_dataloader(), "val") if "val" in parts else [],
+            self._batches(client.test_dataloader(), "test") if "test" in parts else [],
         )
 
-    def _inner_batches(self, loader: Iterable[Batch]) -> list[Batch]:
-        return self._on_device(inner_batches(loader, self.finetune_epochs, self._limit("train")))
+    def _episode(self, client_id: int, train: list[Batch], val: list[Batch], test: Sequence[Batch] = ()) -> Episode:
+        start = self.settings.running_start
+        return make_episode(self.model, self.statistics(client_id), train, val, test, running_start=start)
 
-    def _batches(self, loader: Iterable[Batch], limit: Limit) -> list[Batch]:
-        return self._on_device(limited(loader, limit))
+    def _train_batches(self, loader: Any) -> list[Batch]:
+        epochs = self.settings.finetune_epochs
+        return to_model(gather_batches(loader, epochs=epochs, limit=self.limits.get("train")), self.model)
 
-    def _on_device(self, batches: list[Batch]) -> list[Batch]:
-        return [(x.to(self.device), y.to(self.device)) for x, y in batches]
+    def _batches(self, loader: Any, part: str) -> list[Batch]:
+        limit = self.limits.get(part)
+        # Lightning's 0 means no validation of its own; the validation loss is still needed.
+        return to_model(gather_batches(loader, limit=limit or None if part == "val" else limit), self.model)
 
     def _cohorts(self, client_ids: Sequence[int]) -> Iterator[list[int]]:
         """Positions of clients that go through the core together: of equal sizes, and not more than memory likes.
@@ -189,17 +172,12 @@ class ClientRuntime:
 
     def _automatic_size(self, batch_size: int) -> int:
         if batch_size not in self.automatic_sizes:
-            inputs = torch.zeros((batch_size, *self.data.input_shape), device=self.device)
-            steps = self.finetune_epochs  # at least; clients with more than one batch keep more
-            self.automatic_sizes[batch_size] = automatic_cohort_size(
-                self.model, inputs, history=self.estimator.history(steps)
-            )
+            self.automatic_sizes[batch_size] = self.learner.cohort_size(self._zeros(batch_size))
         return self.automatic_sizes[batch_size]
 
-    def _precision(self) -> AbstractContextManager[Any]:
-        if self.autocast is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.autocast)
+    def _zeros(self, batch_size: int) -> torch.Tensor:
+        reference = next(self.model.module.parameters(), torch.zeros(()))
+        return reference.new_zeros((batch_size, *self.data.input_shape))
 
     def meta_update(
         self,
@@ -223,25 +201,16 @@ class ClientRuntime:
             One update a client, in order.
         """
         torch.manual_seed(derive_seed(self.seed, phase, round_number, *client_ids))
-        meta_lr = {group: rate * meta_lr_scale for group, rate in self.meta_lr.items()}
-        if self.through_trainer:
-            return [
-                self._fit(lambda_, client_id, derive_seed(self.seed, phase, round_number, client_id), meta_lr)
-                for lambda_, client_id in zip(lambdas, client_ids, strict=True)
-            ]
         updates: dict[int, MetaUpdate] = {}
         for positions in self._cohorts(client_ids):
-            tasks = [self.meta_tasks(client_ids[i], phase, round_number) for i in positions]
-            with self._precision():
-                done = self.runner.meta_update(
-                    self.meta_nets,
-                    self.estimator,
-                    [lambdas[i] for i in positions],
-                    list(zip(*tasks, strict=True)),
-                    meta_lr=meta_lr,
-                    clip_value=self.clip_value,
-                    statistics=self.evaluation_statistics,
-                )
+            episodes = [self.meta_episodes(client_ids[i], phase, round_number) for i in positions]
+            starts = [lambdas[i] for i in positions]
+            if self.trainer_arguments is not None:
+                done = [self._fit(*one, meta_lr_scale=meta_lr_scale) for one in zip(starts, episodes, strict=True)]
+            else:
+                rows = list(zip(*episodes, strict=True))
+                with self.fabric.autocast():
+                    done = self.learner.meta_update(starts, rows, meta_lr_scale=meta_lr_scale)
             updates |= dict(zip(positions, done, strict=True))
         return [updates[i] for i in range(len(client_ids))]
 
@@ -251,50 +220,46 @@ class ClientRuntime:
         client_ids: Sequence[int],
         *,
         parts: Sequence[str] = ("val",),
-        statistics: EvaluationStatistics | None = None,
+        bn_mode: BatchNormMode | None = None,
         finetune: bool = True,
     ) -> list[dict[str, Evaluation]]:
-        """Personalizes clients and measures them, see `CohortRunner.evaluate`; `statistics` None is FedL2P's."""
-        statistics = statistics or self.evaluation_statistics
+        """Personalizes clients and measures them, see `Learner.evaluate`."""
         torch.manual_seed(derive_seed(self.seed, "evaluate", *client_ids))
         results: dict[int, dict[str, Evaluation]] = {}
         for positions in self._cohorts(client_ids):
-            tasks = [self.personal_task(client_ids[i], parts) for i in positions]
+            episodes = [self.personal_episode(client_ids[i], parts) for i in positions]
             chosen = [recipes[i] for i in positions]
-            with self._precision():
-                done = self.runner.evaluate(tasks, chosen, parts=parts, statistics=statistics, finetune=finetune)
+            with self.fabric.autocast():
+                done = self.learner.evaluate(episodes, chosen, parts=parts, bn_mode=bn_mode, finetune=finetune)
             results |= dict(zip(positions, done, strict=True))
         return [results[i] for i in range(len(client_ids))]
 
-    def _fit(self, lambda_: Tensors, client_id: int, seed: int, meta_lr: dict[str, float]) -> MetaUpdate:
+    def _fit(self, lambda_: Tensors, episodes: list[Episode], *, meta_lr_scale: float) -> MetaUpdate:
         """One client as a LightningModule in a Trainer, which may move and cast the copies that it is given."""
+        assert self.trainer_arguments is not None
         nets = copy.deepcopy(self.meta_nets)
         nets.load_state_dict(lambda_, strict=False)
         client = FedL2PClient(
             copy.deepcopy(self.model.module),
-            num_classes=self.data.num_classes,
             meta_nets=nets,
-            estimator=self.estimator,
-            meta_iterations=self.meta_iterations,
-            finetune_epochs=self.finetune_epochs,
-            meta_lr=meta_lr,
-            clip_value=self.clip_value,
-            running_start=self.running_start,
-            evaluation_statistics=self.evaluation_statistics,
+            estimator=self.learner.estimator,
+            settings=self.settings,
             loss_fn=self.model.loss_fn,
             val_loss_fn=self.model.val_loss_fn,
-            statistics=self.statistics(client_id),
-            compiled=self.model.compiled,
+            meta_lr={group: rate * meta_lr_scale for group, rate in vars(self.settings.meta_lr).items()},
         )
-        data = self.data.client(client_id, seed=seed)
-        quiet_trainer(self.trainer_arguments).fit(client, datamodule=data)
+        client.learner.single = self.learner.single
+        loader: DataLoader[Episode] = DataLoader(episodes, batch_size=None, collate_fn=_as_it_is)  # type: ignore[arg-type]  # a list will do
+        # The validation loss is part of an episode; Lightning's own validation would fine-tune once more.
+        quiet_trainer(self.trainer_arguments | {"limit_val_batches": 0}).fit(client, loader, loader)
         after = {name: p.detach().to(lambda_[name]) for name, p in nets.named_parameters()}
         assert client.hyperparameters is not None
         recipe = Hyperparameters(*(t.detach().to(self.meta_nets.base_lr) for t in client.hyperparameters))
         return MetaUpdate(after, torch.tensor(client.val_losses), client.skipped_steps, recipe)
 
-    def _limit(self, part: str) -> Limit:
-        return self.trainer_arguments.get(f"limit_{part}_batches")
+
+def _as_it_is(episode: Episode) -> Episode:
+    return episode
 
 
 def quiet_trainer(arguments: dict[str, Any]) -> L.Trainer:
@@ -315,8 +280,6 @@ def quiet_trainer(arguments: dict[str, Any]) -> L.Trainer:
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,
         "max_epochs": -1,
-        # L_V is part of the training step; Lightning's own validation would fine-tune once more.
-        "check_val_every_n_epoch": sys.maxsize,
     }
     if arguments.get("devices", "auto") == "auto":
         arguments = arguments | {"devices": 1}  # many clients, each on one device

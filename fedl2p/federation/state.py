@@ -1,10 +1,10 @@
 """What the rounds pass on: the state that a checkpoint keeps, a record a round, and the callbacks' interface."""
 
-import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fedl2p.core.functional import Tensors
+from fedl2p.io import finite_or_none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +17,8 @@ class RoundRecord:
         meta_loss: the sampled clients' mean validation loss while they trained, weighted by N_i; None in round 0.
         clients: names of the clients whose updates were averaged.
         failures: by name, why a client was left out.
+        clipped: names of the clients whose update was too long, and was shortened.
+        rolled_back: whether `val_loss` was so bad that the next round starts from the best lambda instead.
         skipped_steps: meta iterations that were not finite and changed nothing.
         seconds: wall time of the round.
     """
@@ -26,13 +28,15 @@ class RoundRecord:
     meta_loss: float | None = None
     clients: tuple[str, ...] = ()
     failures: dict[str, str] = field(default_factory=dict)
+    clipped: tuple[str, ...] = ()
+    rolled_back: bool = False
     skipped_steps: int = 0
     seconds: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON, in which a loss that is not finite is null."""
-        values = asdict(self) | {"clients": list(self.clients)}
-        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        plain: dict[str, Any] = finite_or_none(asdict(self))
+        return plain
 
 
 @dataclass(kw_only=True)

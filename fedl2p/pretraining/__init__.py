@@ -1,1 +1,1 @@
-"""Ways to make theta_g, the pretrained global model, with clients of the `pretrain` pool; one file a method."""
+"""What clients do to make theta_g, the pretrained global model; one file a method; `federation` carries messages."""

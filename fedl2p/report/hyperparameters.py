@@ -3,7 +3,7 @@
 import csv
 import io
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -61,20 +61,33 @@ def hyperparameter_rows(
     rows: list[dict[str, Any]] = []
     for client, recipe in zip(clients, recipes, strict=True):
         who = {"client": client.name, "domain": client.domain, "pool": client.pool}
-        for kind, names, values in (
-            ("beta", meta_nets.batchnorm_names, recipe.beta),
-            ("eta", meta_nets.parameter_names, recipe.eta),
-        ):
-            if tuple(values.shape) != (len(names),):
-                raise ModelError(
-                    f"{kind} of client '{client.name}' has the shape {tuple(values.shape)}, but there are "
-                    f"{len(names)} names."
-                )
-            numbers = values.detach().cpu().tolist()
-            rows += [
-                {**who, "kind": kind, "layer": name, "value": value} for name, value in zip(names, numbers, strict=True)
-            ]
+        named = named_values(recipe, meta_nets, whose=f"client '{client.name}'")
+        rows += [{**who, "kind": kind, "layer": name, "value": value} for kind, name, value in named]
     return rows
+
+
+def named_values(
+    recipe: Hyperparameters, names: Named, *, whose: str = "the client"
+) -> Iterator[tuple[str, str, float]]:
+    """Every entry of a recipe as (kind, name, value): beta of each batch norm, then eta of each parameter tensor.
+
+    Args:
+        recipe: beta (B,) and eta (P,).
+        names: has the B and P names.
+        whose: the recipe is, for the error.
+
+    Raises:
+        ModelError: the recipe does not fit the names.
+    """
+    for kind, own, values in (
+        ("beta", names.batchnorm_names, recipe.beta),
+        ("eta", names.parameter_names, recipe.eta),
+    ):
+        if tuple(values.shape) != (len(own),):
+            raise ModelError(f"{kind} of {whose} has the shape {tuple(values.shape)}, but there are {len(own)} names.")
+        # One transfer for the whole vector: reading entry by entry would wait for the device each time.
+        for name, value in zip(own, values.detach().cpu().tolist(), strict=True):
+            yield kind, name, value
 
 
 def write_hyperparameters(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> Path:

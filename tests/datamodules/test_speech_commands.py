@@ -156,6 +156,13 @@ def test_a_broken_clip_is_named(archive: Path, name: str) -> None:
         module(archive).setup()
 
 
+def test_folders_that_are_called_like_clips_do_not_count(archive: Path) -> None:
+    before = [client.name for client in module(archive).clients]
+    (archive / "yes" / "00aa0001_nohash_9.wav").mkdir()
+    (archive / "_background_noise_" / "noise.wav").mkdir()
+    assert [client.name for client in module(archive).clients] == before
+
+
 def test_a_speaker_of_too_few_own_clips_is_an_error(archive: Path) -> None:
     first = tiny.TRAINING[0]
     for word in ("yes", "no"):

@@ -9,9 +9,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedl2p.core.batchnorm import convert_batchnorm
-from fedl2p.core.finetune import FineTuned, InnerState, evaluation_loss, finetune, initial_running
-from fedl2p.core.functional import Batch, FunctionalModel, LossFunction
-from fedl2p.core.hypergradients import MetaProblem
+from fedl2p.core.differentiation import FUNC_TRANSFORMS, Differentiation
+from fedl2p.core.episode import Episode
+from fedl2p.core.finetune import FineTuned, evaluation_loss, finetune, initial_running
+from fedl2p.core.functional import Batch, FunctionalModel, InnerState, LossFunction
+from fedl2p.core.hypergradients import Hypergradient, HypergradientEstimator
+from fedl2p.core.meta_nets import Hyperparameters
+from fedl2p.core.settings import BatchNormMode
 from fedl2p.core.statistics import ClientStatistics, collect_statistics
 
 
@@ -81,14 +85,41 @@ class Case(NamedTuple):
     val: list[Batch]
     beta: Tensor
     eta: Tensor
+    differentiation: Differentiation = FUNC_TRANSFORMS
 
     def tune(self, history: int = 0) -> FineTuned:
-        return finetune(self.model, self.start, self.train, self.beta, self.eta, history=history)
+        return finetune(
+            self.model,
+            self.start,
+            self.train,
+            self.beta,
+            self.eta,
+            history=history,
+            differentiation=self.differentiation,
+        )
 
-    def problem(self, history: int | None = None) -> MetaProblem:
-        tuned = self.tune(len(self.train) if history is None else history)
+    def episode(self) -> Episode:
+        """The case as an episode; without training data `ift` takes its loss on validation data."""
+        running = {name: b for name, b in self.start.buffers.items() if name.rpartition(".")[2].startswith("running")}
         loss_batch = self.train[0] if self.train else self.val[0]
-        return MetaProblem(tuned, self.train, loss_batch, self.val, self.beta, self.eta)
+        return Episode(self.statistics.net_inputs(), running, self.train, self.val, loss_batch=loss_batch)
+
+    def estimate(
+        self,
+        estimator: HypergradientEstimator,
+        *,
+        tuned: FineTuned | None = None,
+        bn_mode: BatchNormMode = BatchNormMode.running,
+    ) -> Hypergradient:
+        """The hypergradient after fine-tuning, or at a state that is `tuned` already."""
+        return estimator(
+            self.model,
+            self.episode(),
+            tuned or self.tune(estimator.history(len(self.train))),
+            Hyperparameters(self.beta, self.eta),
+            bn_mode=bn_mode,
+            differentiation=self.differentiation,
+        )
 
     def val_loss(
         self, beta: Tensor, eta: Tensor, *, start: InnerState | None = None, steps: int | None = None
@@ -129,6 +160,35 @@ def conv_case(*, momentum: float | None = 0.1, steps: int = 3, seed: int = 0) ->
         image_batches(6, 3, seed=seed + 2, shift=0.9),
         seed=seed,
     )
+
+
+class PictureAndAge(nn.Module):
+    """Takes two tensors of other shapes by name or by position: 1x4x4 pictures and an age each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = ConvNet()
+        self.bn3 = nn.BatchNorm1d(2)
+        self.fc = nn.Linear(2, 3)
+
+    def forward(self, picture: Tensor, age: Tensor) -> Tensor:
+        return self.net(picture) + self.fc(torch.tanh(self.bn3(torch.cat([age, age**2], 1))))
+
+
+def aged(batches: list[Batch], *, by_name: bool) -> list[Batch]:
+    """Batches of pictures with an age each, as a dict (not in the model's own order) or as a tuple."""
+    generator = torch.Generator().manual_seed(len(batches))
+    result: list[Batch] = []
+    for pictures, targets in batches:
+        ages = 1 + torch.randn(len(pictures), 1, generator=generator, dtype=torch.float64)
+        result.append(({"age": ages, "picture": pictures} if by_name else (pictures, ages), targets))
+    return result
+
+
+def named_inputs_case(*, by_name: bool = True) -> Case:
+    """A problem whose inputs are a dict of two tensors, or a tuple of the same two."""
+    train, val = image_batches(5, 4, 6, seed=1), image_batches(6, 3, seed=2, shift=0.9)
+    return make_case(seeded(PictureAndAge), aged(train, by_name=by_name), aged(val, by_name=by_name))
 
 
 def central_differences(function: Callable[[Tensor], Tensor], point: Tensor, step: float = 1e-5) -> Tensor:

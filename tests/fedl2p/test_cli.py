@@ -45,7 +45,10 @@ def refused(capsys: pytest.CaptureFixture[str], folder: Path, *overrides: str) -
     ("arguments", "words"),
     [
         (["--help"], ["run", "personalize", "--version"]),
-        (["run", "--help"], ["--resume", "configs/digits.yaml", "key=value", "data.class_path", "output_dir"]),
+        (
+            ["run", "--help"],
+            ["--resume", "--dry-run", "configs/digits.yaml", "key=value", "data.class_path", "output_dir"],
+        ),
     ],
 )
 def test_help_explains(capsys: pytest.CaptureFixture[str], arguments: list[str], words: list[str]) -> None:
@@ -208,11 +211,18 @@ def test_there_must_be_something_to_resume(capsys: pytest.CaptureFixture[str], t
     ],
 )
 def test_errors_while_running_have_codes_of_their_own(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, words: str
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    error: BaseException,
+    code: int,
+    words: str,
 ) -> None:
+    (tmp_path / "config.yaml").write_text("something to resume")
+
     def fail(*args: Any, **kwargs: Any) -> None:
         raise error
 
-    monkeypatch.setattr(main_job, "run_and_report", fail)
-    assert main(["run", DIGITS, *TINY]) == code
+    monkeypatch.setattr(main_job, "run", fail)
+    assert main(["run", DIGITS, *TINY, f"output_dir={tmp_path}"]) == code
     assert words in capsys.readouterr().err

@@ -13,14 +13,14 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fedl2p.client import FedL2PClient, inner_batches, limited
+from fedl2p.client import FedL2PClient
 from fedl2p.core.batchnorm import convert_batchnorm
-from fedl2p.core.finetune import InnerState, finetune, initial_running
-from fedl2p.core.functional import Batch, FunctionalModel
-from fedl2p.core.hypergradients import HypergradientEstimator, Unrolled
-from fedl2p.core.hypergradients.base import Hypergradient, MetaProblem
+from fedl2p.core.episode import Episode, gather_batches, make_episode
+from fedl2p.core.finetune import evaluate, finetune, initial_running
+from fedl2p.core.functional import Batch, FunctionalModel, InnerState
+from fedl2p.core.hypergradients import Hypergradient, HypergradientEstimator, Unrolled
 from fedl2p.core.meta_nets import MetaNets
-from fedl2p.core.meta_step import ClientInputs, evaluate, meta_step
+from fedl2p.core.meta_step import meta_step
 from fedl2p.core.statistics import ClientStatistics, collect_statistics
 from fedl2p.datamodules.base.federated import ClientData, ClientDataModule
 from fedl2p.errors import ConfigError, DataError, ModelError
@@ -88,11 +88,11 @@ class Spy(HypergradientEstimator):
     def history(self, num_steps: int) -> int:
         return self.inner.history(num_steps)
 
-    def __call__(self, model: FunctionalModel, problem: MetaProblem) -> Hypergradient:
+    def __call__(self, model: FunctionalModel, episode: Episode, *args: Any, **options: Any) -> Hypergradient:
         call = len(self.train)
-        self.train.append([len(y) for _, y in problem.train_batches])
-        self.val.append([len(y) for _, y in problem.val_batches])
-        estimate = self.inner(model, problem)
+        self.train.append([len(y) for _, y in episode.train_batches])
+        self.val.append([len(y) for _, y in episode.val_batches])
+        estimate = self.inner(model, episode, *args, **options)
         return estimate._replace(beta=estimate.beta * torch.nan) if self.spoil(call) else estimate
 
 
@@ -139,16 +139,10 @@ def learn_by_hand(
     model = FunctionalModel.of(convert_batchnorm(network()))
     train, val = data.batches("train"), data.batches("val")
     statistics = collect_statistics(model.module, train)
-    parameters, buffers = model.tensors()
-    client = ClientInputs(
-        statistics.net_inputs(),
-        initial_running(model, buffers, statistics),
-        train * epochs,
-        val,
-    )
+    episode = make_episode(model, statistics, train * epochs, val)
     lambda_, losses = lambda_of(nets), []
     for _ in range(iterations):
-        step = meta_step(model, nets, Unrolled(), InnerState(parameters, buffers), lambda_, client)
+        step = meta_step(model, nets, Unrolled(), InnerState(*model.tensors()), lambda_, episode)
         lambda_ = {name: p - RATES[name.split(".")[0]] * step.gradients[name] for name, p in lambda_.items()}
         losses.append(float(step.val_loss))
     return lambda_, losses
@@ -160,7 +154,7 @@ def personalize_by_hand(client: FedL2PClient, data: Plain) -> tuple[FunctionalMo
     train = data.batches("train")
     statistics = collect_statistics(model.module, train)
     beta, eta = client.meta_nets.recipe(statistics)
-    batches = train * client.finetune_epochs
+    batches = train * client.settings.finetune_epochs
     return model, finetune(model, start_of(model, statistics), batches, beta, eta).final, beta
 
 
@@ -191,7 +185,7 @@ def test_a_second_fit_runs_k_iterations_again(tmp_path: Path) -> None:
 
 def test_the_trainer_has_its_epochs_back_after_a_failed_fit(tmp_path: Path) -> None:
     class Failing(Spy):
-        def __call__(self, model: FunctionalModel, problem: MetaProblem) -> Hypergradient:
+        def __call__(self, *args: Any, **options: Any) -> Hypergradient:
             raise ArithmeticError("no")
 
     trainer = make_trainer(tmp_path, max_epochs=7)
@@ -322,8 +316,8 @@ def test_limits_reach_the_inner_loop_and_the_meta_loss(
 
 def test_limited_cuts_as_lightning_does() -> None:
     loader = DataLoader(blobs(10, 0), batch_size=2)
-    assert [len(limited(loader, limit)) for limit in (None, 1.0, 3, 99, 0.5, 0)] == [5, 5, 3, 5, 2, 0]
-    assert len(inner_batches(loader, 3, 2)) == 6
+    assert [len(gather_batches(loader, limit=limit)) for limit in (None, 1.0, 3, 99, 0.5, 0)] == [5, 5, 3, 5, 2, 0]
+    assert len(gather_batches(loader, epochs=3, limit=2)) == 6
 
 
 def test_a_logger_gets_the_meta_validation_loss(tmp_path: Path) -> None:
@@ -380,7 +374,7 @@ def test_validate_measures_the_personalized_model(tmp_path: Path, statistics: st
     client, data = make_client(evaluation_statistics=statistics), Plain()
     results = make_trainer(tmp_path).validate(client, datamodule=data, verbose=False)
     model, state, beta = personalize_by_hand(client, data)
-    loss = evaluate(model, state, beta, data.batches("val"), statistics=statistics)[1]  # type: ignore[arg-type]
+    loss = evaluate(model, state, beta, data.batches("val"), bn_mode=statistics)[1]  # type: ignore[arg-type]
     assert results[0]["val_loss"] == pytest.approx(float(loss), abs=1e-6)
 
 
@@ -423,8 +417,8 @@ def test_given_statistics_are_not_collected_again(tmp_path: Path) -> None:
     ("options", "words"),
     [
         ({"meta_iterations": 0}, "meta_iterations is 0"),
-        ({"finetune_epochs": -1}, "finetune_epochs -1"),
-        ({"clip_value": 0.0}, "clip_value 0.0"),
+        ({"finetune_epochs": -1}, "finetune_epochs is -1"),
+        ({"clip_value": 0.0}, "clip_value is 0.0"),
         ({"evaluation_statistics": "own"}, "'own'; allowed are 'running' and 'batch'"),
     ],
 )

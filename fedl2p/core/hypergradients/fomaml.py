@@ -1,14 +1,18 @@
 """FOMAML+ (Appendix F of the FedL2P paper): the last inner step, its gradient held constant."""
 
+from fedl2p.core.differentiation import FUNC_TRANSFORMS, Differentiation
+from fedl2p.core.episode import Episode
+from fedl2p.core.finetune import FineTuned
 from fedl2p.core.functional import FunctionalModel
 from fedl2p.core.hypergradients.base import (
     Hypergradient,
     HypergradientEstimator,
-    MetaProblem,
     dot_by_tensor,
     last_step_gradient,
     validation_gradient,
 )
+from fedl2p.core.meta_nets import Hyperparameters
+from fedl2p.core.settings import BatchNormMode
 
 
 class FOMAML(HypergradientEstimator):
@@ -22,10 +26,20 @@ class FOMAML(HypergradientEstimator):
         """One state, the one before the last step; see `HypergradientEstimator`."""
         return min(1, num_steps)
 
-    def __call__(self, model: FunctionalModel, problem: MetaProblem) -> Hypergradient:
+    def __call__(
+        self,
+        model: FunctionalModel,
+        episode: Episode,
+        tuned: FineTuned,
+        hyperparameters: Hyperparameters,
+        *,
+        bn_mode: BatchNormMode = BatchNormMode.running,
+        differentiation: Differentiation = FUNC_TRANSFORMS,
+    ) -> Hypergradient:
         """The estimate; see `HypergradientEstimator`."""
-        validation = validation_gradient(model, problem)
-        if not problem.train_batches:
-            return Hypergradient(validation.beta, problem.eta * 0, validation.loss)
-        step = last_step_gradient(model, problem)
+        beta, eta = hyperparameters
+        validation = validation_gradient(model, episode, tuned.final, beta, bn_mode)
+        if not episode.train_batches:
+            return Hypergradient(validation.beta, eta * 0, validation.loss)
+        step = last_step_gradient(model, episode, tuned, beta)
         return Hypergradient(validation.beta, -dot_by_tensor(validation.parameters, step), validation.loss)

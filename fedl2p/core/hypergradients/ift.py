@@ -5,17 +5,20 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fedl2p.core.differentiation import FUNC_TRANSFORMS, Differentiation
+from fedl2p.core.episode import Episode
+from fedl2p.core.finetune import FineTuned
 from fedl2p.core.functional import FunctionalModel, Tensors
 from fedl2p.core.hypergradients.base import (
     Hypergradient,
     HypergradientEstimator,
-    MetaProblem,
     add,
     dot_by_tensor,
-    gradient_with_pull_back,
     last_step_gradient,
     validation_gradient,
 )
+from fedl2p.core.meta_nets import Hyperparameters
+from fedl2p.core.settings import BatchNormMode
 from fedl2p.errors import ConfigError
 
 
@@ -65,24 +68,28 @@ class IFT(HypergradientEstimator):
         """One state, the one before the last step; see `HypergradientEstimator`."""
         return min(1, num_steps)
 
-    def __call__(self, model: FunctionalModel, problem: MetaProblem) -> Hypergradient:
+    def __call__(
+        self,
+        model: FunctionalModel,
+        episode: Episode,
+        tuned: FineTuned,
+        hyperparameters: Hyperparameters,
+        *,
+        bn_mode: BatchNormMode = BatchNormMode.running,
+        differentiation: Differentiation = FUNC_TRANSFORMS,
+    ) -> Hypergradient:
         """The estimate; see `HypergradientEstimator`."""
-        state = problem.tuned.final
-        validation = validation_gradient(model, problem)
-        loss_batch = problem.loss_batch
-        if loss_batch is None:
-            return Hypergradient(validation.beta, torch.zeros_like(problem.eta), validation.loss)
+        beta, eta = hyperparameters
+        validation = validation_gradient(model, episode, tuned.final, beta, bn_mode)
+        batch = episode.loss_batch
+        if not batch:
+            return Hypergradient(validation.beta, torch.zeros_like(eta), validation.loss)
+        state, batch, beta = differentiation.prepare((tuned.final, batch, beta))
 
         def objective(parameters: Tensors, beta: Tensor) -> tuple[Tensor, Tensors]:
-            training = self.form == "corrected"
-            return model.loss(parameters, state.buffers, beta, loss_batch, training=training)[0], {}
+            return model.loss(parameters, state.buffers, beta, batch, training=self.form == "corrected")[0], {}
 
-        _, pull_back = gradient_with_pull_back(
-            objective,
-            state.parameters,
-            problem.beta,
-            by_autograd=model.takes_autograd(state, loss_batch, problem.beta),
-        )
+        _, pull_back = differentiation.grad_and_vjp(objective, state.parameters, beta)
         v = validation.parameters
         hessian_p, mixed = pull_back((v, {}))
         hessian_v = hessian_p
@@ -92,7 +99,7 @@ class IFT(HypergradientEstimator):
             hessian_p, mixed = add(hessian_p, hessian_v), mixed + mixed_v
         scale = 1.0 if self.form == "paper" else self.neumann_lr
         sign = 1.0 if self.form == "paper" else -1.0
-        eta = torch.zeros_like(problem.eta)
-        if problem.train_batches:
-            eta = sign * scale * dot_by_tensor(hessian_p, last_step_gradient(model, problem))
-        return Hypergradient(validation.beta - scale * mixed, eta, validation.loss)
+        d_eta = torch.zeros_like(eta)
+        if episode.train_batches:
+            d_eta = sign * scale * dot_by_tensor(hessian_p, last_step_gradient(model, episode, tuned, beta))
+        return Hypergradient(validation.beta - scale * mixed, d_eta, validation.loss)

@@ -1,24 +1,20 @@
 """Exact reverse mode through the inner loop, as an adjoint recursion over stored states."""
 
-from typing import NamedTuple
-
 import torch
-from torch import Tensor
-from torch.func import grad, jvp
-from torch.utils import _pytree as pytree
 
-from fedl2p.core.finetune import InnerState
-from fedl2p.core.functional import Batch, FunctionalModel, Tensors
+from fedl2p.core.differentiation import FUNC_TRANSFORMS, Differentiation
+from fedl2p.core.episode import Episode
+from fedl2p.core.finetune import FineTuned
+from fedl2p.core.functional import FunctionalModel
 from fedl2p.core.hypergradients.base import (
     Hypergradient,
     HypergradientEstimator,
-    MetaProblem,
     add,
     dot_by_tensor,
-    gradient_with_pull_back,
-    split_running,
     validation_gradient,
 )
+from fedl2p.core.meta_nets import Hyperparameters
+from fedl2p.core.settings import BatchNormMode
 from fedl2p.errors import ConfigError
 
 
@@ -33,10 +29,7 @@ class Unrolled(HypergradientEstimator):
         d beta += -d (q . g) / d beta + d (c . R) / d beta
         c      <- d (c . R) / d r
 
-    With G(theta, r, beta, s) the gradient of L + s (c . R) by its first three arguments, the derivative of G at s = 0
-    in the direction (-q, 0, 0, 1) is all three right-hand sides at once, and its value holds g: one `jvp` of `grad` a
-    step over the stored states, and no graph of activations. Second derivatives are symmetric, so pulling (-q, c) back
-    through (g, R) gives the same three; that is faster for one client alone, whose graph lives as long as the step.
+    so a step back over the stored states pulls (-q, c) through (g, R): `Differentiation.step_back`.
 
     With dropout the recursion draws masks of its own, so it is then not exact for the steps that were taken.
 
@@ -60,67 +53,26 @@ class Unrolled(HypergradientEstimator):
         """As many states as steps to go back; see `HypergradientEstimator`."""
         return num_steps if self.steps is None else min(self.steps, num_steps)
 
-    def __call__(self, model: FunctionalModel, problem: MetaProblem) -> Hypergradient:
+    def __call__(
+        self,
+        model: FunctionalModel,
+        episode: Episode,
+        tuned: FineTuned,
+        hyperparameters: Hyperparameters,
+        *,
+        bn_mode: BatchNormMode = BatchNormMode.running,
+        differentiation: Differentiation = FUNC_TRANSFORMS,
+    ) -> Hypergradient:
         """The exact derivative; see `HypergradientEstimator`."""
-        validation = validation_gradient(model, problem)
+        beta, eta = hyperparameters
+        validation = validation_gradient(model, episode, tuned.final, beta, bn_mode)
         adjoint, running_adjoint, d_beta = validation.parameters, validation.running, validation.beta
-        d_eta = torch.zeros_like(problem.eta)
-        history = problem.tuned.history
-        batches = problem.train_batches[len(problem.train_batches) - len(history) :]
-        for state, batch in zip(reversed(history), reversed(batches), strict=True):
-            back = _step_back(model, state, batch, problem, adjoint, running_adjoint)
+        d_eta, rates = torch.zeros_like(eta), dict(zip(model.parameter_names, eta.unbind(-1), strict=True))
+        batches = episode.train_batches[len(episode.train_batches) - len(tuned.history) :]
+        for state, batch in zip(reversed(tuned.history), reversed(batches), strict=True):
+            direction = {name: -rates[name] * a for name, a in adjoint.items()}
+            back = differentiation.step_back(model, state, batch, beta, direction, running_adjoint)
             d_eta = d_eta - dot_by_tensor(adjoint, back.gradient)
             d_beta = d_beta + back.beta
-            adjoint, running_adjoint = back.parameters, back.running
+            adjoint, running_adjoint = add(adjoint, back.parameters), back.running
         return Hypergradient(d_beta, d_eta, validation.loss)
-
-
-class _StepBack(NamedTuple):
-    gradient: Tensors  # g of the step
-    parameters: Tensors  # the new a
-    running: Tensors  # the new c
-    beta: Tensor  # what the step adds to d_beta
-
-
-def _step_back(
-    model: FunctionalModel,
-    state: InnerState,
-    batch: Batch,
-    problem: MetaProblem,
-    adjoint: Tensors,
-    running_adjoint: Tensors,
-) -> _StepBack:
-    running, fixed = split_running(state.buffers)
-    rates = dict(zip(model.parameter_names, problem.eta.unbind(-1), strict=True))
-    direction = {name: -rates[name] * a for name, a in adjoint.items()}
-    if model.takes_autograd(state, batch, problem.beta, problem.eta):
-
-        def step(parameters: Tensors, running: Tensors, beta: Tensor) -> tuple[Tensor, Tensors]:
-            loss, after = model.loss(parameters, {**fixed, **running}, beta, batch, training=True)
-            return loss, {name: after[name] for name in running_adjoint}
-
-        primals = state.parameters, running, problem.beta
-        (gradient, _), pull_back = gradient_with_pull_back(step, *primals, by_autograd=True)
-        dp, dr, db = pull_back((direction, running_adjoint))
-        return _StepBack(gradient, add(adjoint, dp), dr, db)
-    floating = {name: b for name, b in fixed.items() if b.is_floating_point()}
-
-    def gradients(
-        parameters: Tensors, running: Tensors, beta: Tensor, share: Tensor, weights: Tensors, floating: Tensors
-    ) -> tuple[Tensors, Tensors, Tensor]:
-        def objective(parameters: Tensors, running: Tensors, beta: Tensor) -> Tensor:
-            buffers = {**fixed, **floating, **running}
-            loss, after = model.loss(parameters, buffers, beta, batch, training=True)
-            if weights:
-                loss = loss + share * torch.cat([weight * after[name] for name, weight in weights.items()]).sum()
-            return loss
-
-        return grad(objective, argnums=(0, 1, 2))(parameters, running, beta)
-
-    share = torch.zeros_like(problem.beta.sum())
-    point = (state.parameters, running, problem.beta, share, running_adjoint, floating)
-    # A zero tangent is cheaper than none: forward mode treats mixed operands slowly.
-    still = pytree.tree_map(torch.zeros_like, point)
-    tangents = (direction, *still[1:3], torch.ones_like(share), *still[4:])
-    (gradient, _, _), (dp, dr, db) = jvp(gradients, point, tangents)[:2]
-    return _StepBack(gradient, add(adjoint, dp), dr, db)

@@ -39,7 +39,9 @@ def distance_map(feature: Feature, names: Sequence[str], values: NDArray[Any]) -
             if len(names) <= MOST_NUMBERS:
                 dark = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] < 0.55
                 ink = "#ffffff" if dark else "#000000"
-                axes.text(column, row, f"{round(value, 2) + 0.0:.2f}", ha="center", va="center", size=SMALL - 1, color=ink)
+                axes.text(
+                    column, row, f"{round(value, 2) + 0.0:.2f}", ha="center", va="center", size=SMALL - 1, color=ink
+                )
     axes.set_xlim(-0.5, len(names) - 0.5)
     axes.set_ylim(len(names) - 0.5, -0.5)
     short = [name if len(name) <= 14 else f"{name[:13]}…" for name in names]

@@ -34,7 +34,33 @@ def test_clients_have_the_size_that_was_asked_for(alpha: float | None) -> None:
     clients = dirichlet_clients(labels, 6, alpha, rng(), val_fraction=0.25, test_labels=test_labels, client_size=20)
     together = np.concatenate([np.concatenate([train, val]) for train, val, _ in clients])
     assert len(np.unique(together)) == len(together) == 120
-    assert [(len(train), len(val), len(test)) for train, val, test in clients] == [(15, 5, 15)] * 6
+    assert [(len(train), len(val)) for train, val, _ in clients] == [(15, 5)] * 6
+    assert len({len(test) for _, _, test in clients}) == 1 and 1 <= len(clients[0][2]) <= 15
+    together = np.concatenate([test for _, _, test in clients])
+    assert len(np.unique(together)) == len(together)
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(st.sampled_from([None, 0.01, 0.1, 1.0, 1000.0]), st.integers(1, 30), st.integers(4, 60), st.integers(0, 99))
+def test_small_clients_are_tested_on_the_labels_that_they_train_on(
+    alpha: float | None, clients: int, size: int, seed: int
+) -> None:
+    labels, test_labels = rng(seed).integers(10, size=5000), rng(seed + 1).integers(10, size=1000)
+    found = dirichlet_clients(
+        labels, clients, alpha, rng(seed), val_fraction=0.2, test_labels=test_labels, client_size=size
+    )
+    for train, _, test in found:
+        trained = np.bincount(labels[train], minlength=10) / len(train)
+        tested = np.bincount(test_labels[test], minlength=10)
+        assert (np.abs(tested - trained * len(test)) < 1).all()
+        assert tested[trained == 0].sum() == 0
+    assert len(found[0][2]) >= min(1000 // clients, size * 1000 // 5000 // 2)
+
+
+def test_a_class_that_is_not_in_the_test_supply_does_not_leave_clients_without_a_test() -> None:
+    labels, test_labels = np.arange(500) % 5, np.arange(100) % 4
+    found = dirichlet_clients(labels, 4, None, rng(), val_fraction=0.2, test_labels=test_labels, client_size=50)
+    assert {len(test) for _, _, test in found} == {10}
 
 
 def test_more_than_there_is_cannot_be_asked_for() -> None:

@@ -195,3 +195,24 @@ def test_augmentation_follows_its_generator_and_keeps_an_unturned_image() -> Non
     still = flip_and_rotate(batch, torch.Generator().manual_seed(0), degrees=0.0)
     for image, before in zip(still, batch, strict=True):
         assert min((image - before).abs().max(), (image - before.flip(-1)).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("a.tif", np.float32), ("a.tif", np.int32), ("a.ppm", np.float32)])
+def test_thirty_two_bits_a_channel_do_not_turn_black(tmp_path: Path, name: str, dtype: Any) -> None:
+    Image.fromarray(np.full((4, 4), 200, dtype=dtype)).save(tmp_path / name)
+    with pytest.raises(DataError, match="32 bits a channel"):
+        read_images([tmp_path / name], 4)
+
+
+def test_only_the_named_formats_are_opened(tmp_path: Path) -> None:
+    for format in ("EPS", "JPEG2000", "TGA"):
+        Image.fromarray(halves()).save(tmp_path / "other.png", format)
+        with pytest.raises(DataError, match=r"other\.png cannot be read: cannot identify"):
+            read_images([tmp_path / "other.png"], 4)
+
+
+def test_more_pixels_than_allowed_are_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(tmp_path / "wide.png", np.zeros((20, 50), dtype=np.uint8))
+    monkeypatch.setattr(images, "MAX_PIXELS", 999)
+    with pytest.raises(DataError, match=r"wide\.png cannot be read: it has 50 x 20 pixels; allowed are 999"):
+        read_images([path], 8)

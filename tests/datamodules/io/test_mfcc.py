@@ -69,3 +69,24 @@ def test_a_folder_that_cannot_be_written_is_no_obstacle(tmp_path: Path, monkeypa
     clip = write(tmp_path / "a.wav", np.zeros(8000))
     cached_mfcc([clip], tmp_path / "blocked")
     assert len(list((tmp_path / "user" / "fedl2p" / "").rglob("*.npy"))) == 1
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_sound_that_is_no_sound_is_named(tmp_path: Path, value: float) -> None:
+    wave = np.zeros(8000, dtype=np.float32)
+    wave[7000] = value
+    with pytest.raises(DataError, match=r"a\.wav has values that are NaN or infinite"):
+        cached_mfcc([write(tmp_path / "a.wav", wave)], tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "text", "shape", "nan"])
+def test_a_damaged_cache_is_made_anew(tmp_path: Path, damage: str) -> None:
+    clip = write(tmp_path / "a.wav", np.random.default_rng(0).normal(scale=0.1, size=8000))
+    first = cached_mfcc([clip], tmp_path).clone()
+    (kept,) = (tmp_path / ".fedl2p-cache").glob("*.npy")
+    if damage in ("shape", "nan"):
+        np.save(kept, first.numpy()[:, :, 1:] if damage == "shape" else np.full_like(first.numpy(), np.nan))
+    else:
+        kept.write_bytes({"empty": b"", "cut": kept.read_bytes()[:-5], "text": b"no array"}[damage])
+    np.testing.assert_array_equal(cached_mfcc([clip], tmp_path), first)
+    np.testing.assert_array_equal(np.load(kept), first)

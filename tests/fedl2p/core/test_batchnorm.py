@@ -10,9 +10,9 @@ from core_cases import ConvNet, randomize, seeded
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fedl2p.core.batchnorm import MixedBatchNorm, batchnorm_names, convert_batchnorm
-from fedl2p.core.finetune import InnerState, finetune
-from fedl2p.core.functional import FunctionalModel
+from fedl2p.core.batchnorm import FUNCTIONAL, FUSED, ForwardMode, MixedBatchNorm, batchnorm_names, convert_batchnorm
+from fedl2p.core.finetune import finetune
+from fedl2p.core.functional import FunctionalModel, InnerState
 from fedl2p.core.statistics import collect_statistics, learnable_layer_names
 from fedl2p.errors import ModelError
 
@@ -137,7 +137,7 @@ def test_in_ordinary_use_the_running_statistics_keep_no_graph_and_do_not_differ(
     x, results = data(5, 3, 2, 2).requires_grad_(), []
     for differentiable in (False, True):
         mixed = convert_batchnorm(plain()).train()
-        mixed.differentiable_statistics = differentiable
+        mixed.forward_mode = ForwardMode(differentiable_statistics=differentiable)
         mixed(x)
         assert mixed.running_mean.requires_grad is mixed.running_var.requires_grad is differentiable
         results.append((mixed.running_mean, mixed.running_var))
@@ -302,7 +302,7 @@ def test_a_model_without_batch_norm_has_an_empty_beta_and_everything_works() -> 
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_first_and_second_derivatives_by_every_tensor(training: bool, momentum: float | None) -> None:
     layer = convert_batchnorm(plain(momentum=momentum)).train(training)
-    layer.differentiable_statistics = True
+    layer.forward_mode = FUNCTIONAL
     fixed = {n: b for n, b in layer.named_buffers() if n not in ("beta", "running_mean", "running_var")}
     names = ("weight", "bias", "beta", "running_mean", "running_var")
 
@@ -346,10 +346,10 @@ def test_conversion_forward_and_vmap_warn_of_nothing() -> None:
     assert outputs.shape == (2, 4, 3)
 
 
-def in_first_order(layer: nn.Module) -> MixedBatchNorm:
+def fused(layer: nn.Module) -> MixedBatchNorm:
     assert isinstance(layer, MixedBatchNorm)
     other = copy.deepcopy(layer).train()
-    other.first_order = True
+    other.forward_mode = FUSED
     return other
 
 
@@ -365,7 +365,7 @@ def test_kernels_give_what_arithmetic_gives(
     if shape == (4, 3, 5, 6):
         inputs = inputs.to(memory_format=torch.channels_last)
     results = []
-    for module in (layer, in_first_order(layer)):
+    for module in (layer, fused(layer)):
         leaf = inputs.clone().requires_grad_()
         outputs = module(leaf)
         gradients = torch.autograd.grad((outputs * weights).sum(), [leaf, module.weight, module.bias])
@@ -380,7 +380,7 @@ def test_kernels_pass_gradcheck_and_refuse_a_second_derivative() -> None:
     set_beta(layer, 0.6)
 
     def run(inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return functional_call(in_first_order(layer), {"weight": weight, "bias": bias}, inputs)
+        return functional_call(fused(layer), {"weight": weight, "bias": bias}, inputs)
 
     leaves = [t.detach().clone().requires_grad_() for t in (data(4, 3, 2, 2), layer.weight, layer.bias)]
     assert torch.autograd.gradcheck(run, leaves)
@@ -389,12 +389,12 @@ def test_kernels_pass_gradcheck_and_refuse_a_second_derivative() -> None:
         gradient.sum().backward()
 
 
-def test_what_kernels_do_not_take_goes_through_arithmetic_in_first_order_too() -> None:
+def test_what_kernels_do_not_take_goes_through_arithmetic_where_fused_too() -> None:
     wide = data(4, 3, 2, 2)
     for layer, mode, x in ((plain(affine=False), True, wide), (plain(), False, wide), (plain(), True, wide.float())):
         mixed = convert_batchnorm(layer)
         set_beta(mixed, 0.4)
-        other = in_first_order(mixed)
+        other = fused(mixed)
         assert torch.equal(mixed.train(mode)(x), other.train(mode)(x))
 
 
@@ -404,7 +404,7 @@ def test_kernels_take_statistics_of_half_precision_inputs_in_full(dtype: torch.d
     set_beta(layer, 0.4)
     inputs = data(64, 3, 4, 4).to(dtype)
     results = []
-    for module in (layer, in_first_order(layer)):
+    for module in (layer, fused(layer)):
         leaf = inputs.clone().requires_grad_()
         outputs = module(leaf)
         gradients = torch.autograd.grad(outputs.float().square().sum(), [leaf, module.weight])

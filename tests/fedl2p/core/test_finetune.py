@@ -1,27 +1,32 @@
 """The inner loop: plain SGD on an ordinary model is the reference; nothing that a caller holds is written to."""
 
 import copy
-import warnings
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-from core_cases import ConvNet, close, conv_case, image_batches, make_case, seeded, unchanged
+from core_cases import (
+    ConvNet,
+    PictureAndAge,
+    close,
+    conv_case,
+    image_batches,
+    make_case,
+    named_inputs_case,
+    seeded,
+    unchanged,
+)
 from torch import Tensor, nn
 
-from fedl2p.core.finetune import (
-    CompiledStep,
-    InnerState,
-    evaluation_loss,
-    finetune,
-    initial_running,
-    inner_step,
-    trained_names,
-)
-from fedl2p.core.functional import FunctionalModel
+from fedl2p.core.batchnorm import ForwardMode
+from fedl2p.core.differentiation import FUNC_TRANSFORMS, Autograd, Differentiation
+from fedl2p.core.finetune import active_parameters, evaluate, evaluation_loss, finetune, initial_running, to_device
+from fedl2p.core.functional import FunctionalModel, InnerState
+from fedl2p.core.settings import BatchNormMode, RunningStart
 from fedl2p.core.statistics import collect_statistics
 from fedl2p.errors import ConfigError, ModelError
+
+WAYS = [pytest.param(FUNC_TRANSFORMS, id="torch.func"), pytest.param(Autograd(), id="torch.autograd")]
 
 
 def ordinary(case_module: nn.Module, start: InnerState) -> nn.Module:
@@ -87,12 +92,12 @@ def test_no_graph_is_kept_even_when_beta_and_eta_have_one() -> None:
     assert not any(tensor.requires_grad for tensor in tensors)
 
 
-def test_trained_names_are_the_tensors_with_a_rate_and_skipping_the_others_changes_nothing() -> None:
+def test_active_parameters_are_the_tensors_with_a_rate_and_skipping_the_others_changes_nothing() -> None:
     case = conv_case()
-    names = trained_names(case.model, case.eta)
+    names = active_parameters(case.model, case.eta)
     assert names == tuple(n for n in case.model.parameter_names if n != "bn1.weight")
     full = case.tune()
-    skipping = finetune(case.model, case.start, case.train, case.beta, case.eta, trained=names)
+    skipping = finetune(case.model, case.start, case.train, case.beta, case.eta, active=names)
     for part in range(2):
         for name, value in full.final[part].items():
             assert torch.equal(value, skipping.final[part][name]), name
@@ -100,23 +105,32 @@ def test_trained_names_are_the_tensors_with_a_rate_and_skipping_the_others_chang
     assert torch.equal(full.losses, skipping.losses)
 
 
-def test_trained_names_of_a_cohort_are_those_of_any_client() -> None:
+def test_active_parameters_of_a_cohort_are_those_of_any_client() -> None:
     model = conv_case().model
     eta = torch.zeros(3, 9)
     eta[0, 2], eta[2, 7] = 0.1, -1e-20
-    assert trained_names(model, eta) == ("bn1.bias", "fc.weight")
-    assert trained_names(model, torch.zeros(9)) == ()
+    assert active_parameters(model, eta) == ("bn1.bias", "fc.weight")
+    assert active_parameters(model, torch.zeros(9)) == ()
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("fused", [False, True])
-def test_steps_of_a_client_alone_are_the_steps(momentum: float | None, fused: bool) -> None:
+def test_steps_by_autograd_are_the_steps(momentum: float | None, fused: bool) -> None:
     case = conv_case(momentum=momentum)
-    alone = case._replace(model=replace(case.model, alone=True, fused_batchnorm=fused))
-    expected, names = case.tune(history=2), trained_names(case.model, case.eta)
-    skipping = finetune(alone.model, case.start, case.train, case.beta, case.eta, history=2, trained=names)
+    by_autograd = case._replace(differentiation=Autograd(fused_batchnorm=fused))
+    expected, names = case.tune(history=2), active_parameters(case.model, case.eta)
+    skipping = finetune(
+        case.model,
+        case.start,
+        case.train,
+        case.beta,
+        case.eta,
+        history=2,
+        active=names,
+        differentiation=by_autograd.differentiation,
+    )
     with unchanged(*case.start), torch.no_grad():
-        tuned = alone.tune(history=2)
+        tuned = by_autograd.tune(history=2)
     for actual in (tuned, skipping):
         close(actual.losses, expected.losses, 1e-12)
         pairs = zip((actual.final, *actual.history), (expected.final, *expected.history), strict=True)
@@ -125,54 +139,56 @@ def test_steps_of_a_client_alone_are_the_steps(momentum: float | None, fused: bo
                 for name, value in other[part].items():
                     close(state[part][name], value, 1e-12)
                     assert not state[part][name].requires_grad
-    assert not any(layer.first_order for layer in case.model._layers)
+    assert all(layer.forward_mode == ForwardMode() for layer in case.model._layers)
 
 
-def test_steps_of_a_client_alone_work_in_inference_mode_and_with_a_parameter_that_is_not_used() -> None:
+def test_steps_by_autograd_work_in_inference_mode_and_with_a_parameter_that_is_not_used() -> None:
     class Idle(ConvNet):
         def __init__(self) -> None:
             super().__init__()
             self.idle = nn.Parameter(torch.ones(2))
 
     case = make_case(seeded(Idle), image_batches(4, 5), image_batches(4))
-    alone = case._replace(model=replace(case.model, alone=True, fused_batchnorm=True))
+    by_autograd = case._replace(differentiation=Autograd(fused_batchnorm=True))
     expected = case.tune().final.parameters
     with torch.inference_mode():
-        inferred = alone.tune().final
-    going_on = finetune(alone.model, inferred, case.train, case.beta, case.eta).final.parameters
+        inferred = by_autograd.tune().final
+    going_on = by_autograd._replace(start=inferred).tune().final.parameters
     close(
         going_on["fc.bias"], finetune(case.model, case.tune().final, case.train, case.beta, case.eta)[0][0]["fc.bias"]
     )
-    for actual in (alone.tune().final.parameters, inferred.parameters):
+    for actual in (by_autograd.tune().final.parameters, inferred.parameters):
         assert torch.equal(actual["idle"], expected["idle"])
         for name, value in expected.items():
             close(actual[name], value, 1e-12)
 
 
-@pytest.mark.parametrize("alone", [False, True])
-def test_tensors_that_do_not_reach_the_loss_stay(alone: bool) -> None:
+@pytest.mark.parametrize("differentiation", WAYS)
+def test_tensors_that_do_not_reach_the_loss_stay(differentiation: Differentiation) -> None:
     case = conv_case()
-    model = replace(case.model, alone=alone, loss_fn=lambda outputs, targets: torch.zeros((), dtype=outputs.dtype))
-    tuned = finetune(model, case.start, case.train, case.beta, case.eta)
+    model = replace(case.model, loss_fn=lambda outputs, targets: torch.zeros((), dtype=outputs.dtype))
+    tuned = case._replace(model=model, differentiation=differentiation).tune()
     assert all(torch.equal(tuned.final.parameters[name], p) for name, p in case.start.parameters.items())
 
 
-@pytest.mark.parametrize("alone", [False, True])
-def test_parameters_keep_their_type_whatever_that_of_the_rates(alone: bool) -> None:
-    model = replace(FunctionalModel.of(nn.Linear(3, 2).to(torch.bfloat16)), alone=alone)
+@pytest.mark.parametrize("differentiation", WAYS)
+def test_parameters_keep_their_type_whatever_that_of_the_rates(differentiation: Differentiation) -> None:
+    model = FunctionalModel.of(nn.Linear(3, 2).to(torch.bfloat16))
     batch = torch.ones(4, 3, dtype=torch.bfloat16), torch.tensor([0, 1, 0, 1])
     state = InnerState(*model.tensors())
 
     def run(eta: Tensor) -> dict[str, Tensor]:
-        return finetune(model, state, [batch, batch], torch.zeros(0), eta).final.parameters
+        beta = torch.zeros(0)
+        return finetune(model, state, [batch, batch], beta, eta, differentiation=differentiation).final.parameters
 
+    alone = isinstance(differentiation, Autograd)
     for tensor in (run(torch.ones(2)) if alone else torch.vmap(run)(torch.ones(2, 2))).values():
         assert tensor.dtype == torch.bfloat16
 
 
 def test_without_a_rate_only_the_running_statistics_move() -> None:
     case = conv_case()
-    tuned = finetune(case.model, case.start, case.train, case.beta, torch.zeros(9).double(), trained=())
+    tuned = finetune(case.model, case.start, case.train, case.beta, torch.zeros(9).double(), active=())
     full = finetune(case.model, case.start, case.train, case.beta, torch.zeros(9).double())
     assert len(tuned.losses) == 3
     for name, value in tuned.final.parameters.items():
@@ -209,7 +225,7 @@ def test_measured_start_is_the_clients_own_statistics_and_zero_one_is_0_and_1() 
     measured = initial_running(case.model, buffers, case.statistics)
     assert torch.equal(measured["bn2.running_mean"], case.statistics.channel_mean["bn2"])
     assert torch.equal(measured["bn2.running_var"], case.statistics.channel_var["bn2"])
-    fresh = initial_running(case.model, buffers, case.statistics, start="zero_one")
+    fresh = initial_running(case.model, buffers, case.statistics, start=RunningStart.zero_one)
     assert fresh["bn2.running_mean"].tolist() == [0, 0, 0]
     assert fresh["bn2.running_var"].tolist() == [1, 1, 1]
     assert fresh["bn2.num_batches_tracked"] == 0
@@ -296,57 +312,63 @@ def test_inputs_that_the_model_itself_casts_may_have_any_type(dtype: torch.dtype
         assert torch.equal(value, case.tune().final.parameters[name])
 
 
-# Compiled steps
+# Inputs and outputs of several tensors
 
 
-def test_a_compiled_step_is_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled: list[Any] = []
-
-    def compile(function: Any, **options: Any) -> Any:
-        compiled.append((function, options))
-        return function
-
-    monkeypatch.setattr(torch, "compile", compile)
-    case = conv_case()
-    model = replace(case.model, compiled=CompiledStep())
-    expected = case.tune().final
-    found = finetune(model, case.start, case.train, case.beta, case.eta).final
-    assert compiled == [(inner_step, {"dynamic": False})]
-    assert all(torch.equal(found.parameters[name], p) for name, p in expected.parameters.items())
-
-
-def test_without_a_compiler_steps_go_on_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[int] = []
-
-    def broken(*arguments: Any) -> Any:
-        calls.append(1)
-        raise RuntimeError("No working C++ compiler found\nand more")
-
-    monkeypatch.setattr(torch, "compile", lambda function, **options: broken)
-    case = conv_case()
-    model = replace(case.model, compiled=CompiledStep())
-    with pytest.warns(UserWarning, match=r"cannot compile .*: No working C\+\+ compiler found$"):
-        found = finetune(model, case.start, case.train, case.beta, case.eta).final
-    assert len(calls) == 1
-    assert all(torch.equal(found.parameters[name], p) for name, p in case.tune().final.parameters.items())
+@pytest.mark.parametrize("differentiation", WAYS)
+@pytest.mark.parametrize("by_name", [True, False])
+def test_a_dict_or_a_tuple_of_inputs_equals_torch_sgd(by_name: bool, differentiation: Differentiation) -> None:
+    case = named_inputs_case(by_name=by_name)
+    model = ordinary(seeded(PictureAndAge), case.start)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
+    for inputs, targets in case.train:
+        optimizer.zero_grad()
+        outputs = model(**inputs) if by_name else model(*inputs)
+        nn.functional.cross_entropy(outputs, targets).backward()
+        optimizer.step()
+    eta = torch.full_like(case.eta, 0.2)
+    sgd = case._replace(beta=torch.ones(3).double(), eta=eta, differentiation=differentiation)
+    with unchanged(case.start, case.train):
+        assert_equals_module(sgd.tune().final, model)
 
 
-def test_an_error_of_the_step_itself_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    case = conv_case()
-    model = replace(case.model, compiled=CompiledStep())
-    bad = [(case.train[0][0][:, :, :1], case.train[0][1])]  # images too small for the second convolution
-    with pytest.raises(RuntimeError, match=r"[Kk]ernel size"):
-        finetune(model, case.start, bad, case.beta, case.eta)
+@pytest.mark.parametrize("bn_mode", BatchNormMode)
+@pytest.mark.parametrize("by_name", [True, False])
+def test_a_dict_or_a_tuple_of_inputs_is_evaluated_over_all_samples(by_name: bool, bn_mode: BatchNormMode) -> None:
+    case = named_inputs_case(by_name=by_name)
+    keys = ["picture", "age"] if by_name else [0, 1]
+    whole = [torch.cat([inputs[key] for inputs, _ in case.val]) for key in keys]
+    targets = torch.cat([y for _, y in case.val])
+    own = bn_mode is BatchNormMode.batch
+    expected, _ = case.model(*case.start, case.beta, tuple(whole), training=False, batch_statistics=own)
+    outputs, loss, val_loss = evaluate(case.model, case.start, case.beta, case.val, bn_mode=bn_mode)
+    close(outputs, expected, 1e-12)
+    close(loss, nn.functional.cross_entropy(expected, targets), 1e-12)
+    close(val_loss, loss, 1e-12)
+    close(evaluation_loss(case.model, case.start, case.beta, case.val, bn_mode=bn_mode), loss, 1e-12)
 
 
-@pytest.mark.slow
-def test_torch_compiles_the_step() -> None:
-    case = conv_case()
-    model = replace(case.model, compiled=CompiledStep())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own, at its first compilation
-        found = finetune(model, case.start, case.train, case.beta, case.eta).final
-    assert model.compiled is not None and model.compiled._step is not inner_step
-    for name, p in case.tune().final.parameters.items():
-        torch.testing.assert_close(found.parameters[name], p, rtol=0, atol=1e-10)
+def test_outputs_and_targets_may_be_structures_too() -> None:
+    class Heads(ConvNet):
+        def forward(self, inputs: Tensor) -> dict[str, Tensor]:
+            logits = super().forward(inputs)
+            return {"kind": logits[:, :2], "size": logits[:, 2]}
+
+    def loss_fn(outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> Tensor:
+        size = nn.functional.mse_loss(outputs["size"], targets["size"])
+        return nn.functional.cross_entropy(outputs["kind"], targets["kind"]) + size
+
+    batches = [(x, {"kind": y, "size": x.mean((1, 2, 3))}) for x, y in image_batches(5, 2, 4, classes=2)]
+    case = make_case(seeded(Heads), batches, batches, loss_fn=loss_fn)
+    for bn_mode in BatchNormMode:
+        outputs, loss, _ = evaluate(case.model, case.start, case.beta, case.val, bn_mode=bn_mode)
+        assert {name: len(part) for name, part in outputs.items()} == {"kind": 11, "size": 11}
+        close(evaluation_loss(case.model, case.start, case.beta, case.val, bn_mode=bn_mode), loss, 1e-12)
+    assert case.tune().losses.shape == (3,)
+
+
+def test_batches_of_any_structure_move_between_devices() -> None:
+    case = named_inputs_case()
+    moved = to_device(case.train, "meta")
+    assert {tensor.device.type for inputs, targets in moved for tensor in (*inputs.values(), targets)} == {"meta"}
+    assert {tensor.device.type for inputs, _ in case.train for tensor in inputs.values()} == {"cpu"}

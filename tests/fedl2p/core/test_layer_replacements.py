@@ -1,9 +1,7 @@
-"""Substitutes answer what the layers that they replace answer, and let second derivatives and vmap pass."""
+"""Replacements answer what the layers that they replace answer, and let second derivatives and vmap pass."""
 
 import copy
 from collections.abc import Callable
-from types import SimpleNamespace
-from typing import cast
 
 import pytest
 import timm
@@ -15,17 +13,14 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torchvision.ops import StochasticDepth
 
-import fedl2p.core.hypergradients  # noqa: F401  (prepares forward mode)
+import fedl2p.core.differentiation  # noqa: F401  (prepares forward mode)
 from fedl2p.core.batchnorm import MixedBatchNorm2d, batchnorm_names, convert_batchnorm
 from fedl2p.core.functional import FunctionalModel
-from fedl2p.core.layer_replacements import substitute
-from fedl2p.datamodules.base.federated import FederatedDataModule
-from fedl2p.experiment.build import build_model, check_model
-from fedl2p.experiment.config import ComponentConfig, Config
+from fedl2p.core.layer_replacements import replacement_of
 
 
 def replaced(module: nn.Module) -> nn.Module:
-    found = substitute(module)
+    found = replacement_of(module)
     assert found is not None
     return found
 
@@ -66,7 +61,7 @@ def test_others_stay_as_they_are() -> None:
     class Mine(nn.Hardsigmoid):
         """A subclass may do anything."""
 
-    assert substitute(nn.ReLU()) is None and substitute(Mine()) is None
+    assert replacement_of(nn.ReLU()) is None and replacement_of(Mine()) is None
 
 
 @pytest.mark.parametrize("act_layer", [nn.ReLU, nn.Hardswish, nn.Identity])
@@ -130,27 +125,3 @@ def test_second_derivatives_pass_models(name: str) -> None:
     sides = [gradient({n: p + side * step * direction[n] for n, p in parameters.items()}) for side in (1, -1)]
     expected = sum(float(((sides[0][n] - sides[1][n]) * direction[n]).sum()) for n in direction) / (2 * step)
     assert float(found) == pytest.approx(expected, rel=1e-3, abs=1e-9)
-
-
-AT_LARGE = {
-    "torchvision.models": [
-        *("resnet18", "resnext50_32x4d", "wide_resnet50_2", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0"),
-        *("efficientnet_v2_s", "regnet_y_400mf", "densenet121", "mnasnet0_5", "shufflenet_v2_x0_5", "squeezenet1_1"),
-        *("vgg11_bn", "convnext_tiny", "swin_t"),
-    ],
-    "timm.create_model": [
-        *("resnet10t", "mobilenetv3_small_050", "regnety_002", "lcnet_050", "convnext_atto", "vit_tiny_patch16_224"),
-    ],
-}
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # of vmap, for rare operations
-@pytest.mark.parametrize(("source", "name"), [(source, name) for source in AT_LARGE for name in AT_LARGE[source]])
-def test_models_at_large_pass_the_check_before_a_run(source: str, name: str) -> None:
-    path = source if source == "timm.create_model" else f"{source}.{name}"
-    arguments = {"model_name": name} if source == "timm.create_model" else {}
-    config = Config(model=ComponentConfig(path, {"num_classes": 4, **arguments}))
-    size = 224 if "vit" in name else 64
-    data = SimpleNamespace(input_shape=(3, size, size), num_classes=4)
-    check_model(config, cast(FederatedDataModule, data), build_model(config))

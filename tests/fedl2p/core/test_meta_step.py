@@ -8,37 +8,34 @@ from core_cases import Case, close, conv_case, unchanged
 from torch import Tensor
 from torch.func import functional_call
 
-from fedl2p.core.finetune import InnerState, inner_step
-from fedl2p.core.functional import FunctionalModel
+from fedl2p.core.cohort import stack
+from fedl2p.core.differentiation import FuncTransforms
+from fedl2p.core.episode import Episode, make_episode
+from fedl2p.core.finetune import FineTuned, evaluate
+from fedl2p.core.functional import FunctionalModel, InnerState
 from fedl2p.core.hypergradients import (
     ESTIMATORS,
     FOMAML,
     IFT,
     Hypergradient,
     HypergradientEstimator,
-    MetaProblem,
     Unrolled,
 )
-from fedl2p.core.meta_nets import MetaNets
-from fedl2p.core.meta_step import ClientInputs, MetaStep, evaluate, meta_optimizer, meta_step, moved_names, personalize
-from fedl2p.errors import ConfigError
+from fedl2p.core.meta_nets import Hyperparameters, MetaNets
+from fedl2p.core.meta_step import MetaStep, active_in_episode, meta_optimizer, meta_step, personalize
+from fedl2p.core.settings import BatchNormMode, MetaLearningRates
 
-RATES = {"bn_net": 0.01, "lr_net": 0.02, "base_lr": 0.03}
-
-
-def client_of(case: Case) -> ClientInputs:
-    running = {name: b for name, b in case.start.buffers.items() if name.rpartition(".")[2].startswith("running")}
-    return ClientInputs(case.statistics.net_inputs(), running, case.train, case.val)
+RATES = MetaLearningRates(bn_net=0.01, lr_net=0.02, base_lr=0.03)
 
 
-def setting() -> tuple[Case, MetaNets, InnerState, dict[str, Tensor], ClientInputs]:
+def setting() -> tuple[Case, MetaNets, InnerState, dict[str, Tensor], Episode]:
     case = conv_case()
     torch.manual_seed(7)
     nets = MetaNets(case.model.module, base_lr=0.1).double()
     with torch.no_grad():
         nets.base_lr.mul_(torch.linspace(-0.5, 1.5, 9))
     lambda_ = {name: p.detach().clone() for name, p in nets.named_parameters()}
-    return case, nets, InnerState(*case.model.tensors()), lambda_, client_of(case)
+    return case, nets, InnerState(*case.model.tensors()), lambda_, case.episode()
 
 
 def step(estimator: HypergradientEstimator, clip_value: float = 1e9) -> MetaStep:
@@ -52,8 +49,7 @@ def test_gradients_by_lambda_are_the_estimate_pulled_back_by_autograd(estimator:
     done = step(estimator)
     leaves = {name: p.clone().requires_grad_() for name, p in lambda_.items()}
     beta, eta = functional_call(nets, leaves, client.net_inputs)
-    tuned_case = case._replace(beta=beta.detach(), eta=eta.detach())
-    estimate = estimator(case.model, tuned_case.problem(estimator.history(3)))
+    estimate = case._replace(beta=beta.detach(), eta=eta.detach()).estimate(estimator)
     expected = torch.autograd.grad([beta, eta], list(leaves.values()), [estimate.beta, estimate.eta])
     assert list(done.gradients) == list(lambda_)
     for name, gradient in zip(leaves, expected, strict=True):
@@ -71,7 +67,7 @@ def test_a_small_step_of_lambda_against_the_exact_hypergradient_lowers_the_loss_
     def loss(moved: dict[str, Tensor]) -> float:
         return float(meta_step(case.model, nets, FOMAML(), origin, moved, client).val_loss)
 
-    for group in RATES:
+    for group in vars(RATES):
         own = {n: g for n, g in done.gradients.items() if n.startswith(group)}
         norm = float(torch.cat([g.reshape(-1) for g in own.values()]).norm())
         assert norm > 0
@@ -107,17 +103,20 @@ def test_data_that_are_not_finite_give_zero_gradients_and_say_so(name: str, part
 
 
 def test_ift_takes_the_training_loss_on_the_first_batch() -> None:
-    case, nets, origin, lambda_, client = setting()
-    seen: list[MetaProblem] = []
+    case, nets, origin, lambda_, _ = setting()
+    seen: list[tuple[Episode, FineTuned]] = []
 
     class Spy(IFT):
-        def __call__(self, model: FunctionalModel, problem: MetaProblem) -> Hypergradient:
-            seen.append(problem)
-            return super().__call__(model, problem)
+        def __call__(
+            self, model: FunctionalModel, episode: Episode, tuned: FineTuned, recipe: Hyperparameters, **options: Any
+        ) -> Hypergradient:
+            seen.append((episode, tuned))
+            return super().__call__(model, episode, tuned, recipe, **options)
 
-    meta_step(case.model, nets, Spy(), origin, lambda_, client)
-    assert seen[0].loss_batch[0] is client.train_batches[0][0]
-    assert len(seen[0].tuned.history) == 1
+    start = make_episode(case.model, case.statistics, case.train, case.val)
+    meta_step(case.model, nets, Spy(), origin, lambda_, start)
+    assert seen[0][0].loss_batch[0] is start.train_batches[0][0]
+    assert len(seen[0][1].history) == 1
 
 
 def test_meta_optimizer_has_a_group_for_each_net_with_its_own_rate() -> None:
@@ -134,7 +133,7 @@ def test_meta_optimizer_has_a_group_for_each_net_with_its_own_rate() -> None:
         p.grad = torch.full_like(p, 2.0)
     optimizer.step()
     for name, p in leaves.items():
-        close(p.detach(), before[name] - 2 * RATES[name.partition(".")[0]], 1e-12)
+        close(p.detach(), before[name] - 2 * getattr(RATES, name.partition(".")[0]), 1e-12)
 
 
 def test_meta_optimizer_leaves_out_the_group_of_a_net_that_does_not_exist() -> None:
@@ -142,31 +141,16 @@ def test_meta_optimizer_leaves_out_the_group_of_a_net_that_does_not_exist() -> N
     assert [g["name"] for g in optimizer.param_groups] == ["base_lr"]
 
 
-@pytest.mark.parametrize(
-    "rates",
-    [
-        {"bn_net": 0.1, "lr_net": 0.1},
-        {**RATES, "other": 0.1},
-        {**RATES, "lr_net": -0.1},
-        {**RATES, "lr_net": float("nan")},
-        {**RATES, "lr_net": float("inf")},
-    ],
-)
-def test_rates_that_are_missing_unknown_negative_or_not_finite_are_errors(rates: dict[str, float]) -> None:
-    with pytest.raises(ConfigError, match="bn_net, lr_net, base_lr"):
-        meta_optimizer({"base_lr": torch.zeros(2, requires_grad=True)}, rates)
-
-
-@pytest.mark.parametrize("statistics", ["running", "batch"])
-def test_evaluate_gives_outputs_in_order_and_their_mean_loss(statistics: str) -> None:
-    case, nets, _, _, client = setting()
+@pytest.mark.parametrize("bn_mode", BatchNormMode)
+def test_evaluate_gives_outputs_in_order_and_their_mean_loss(bn_mode: BatchNormMode) -> None:
+    case, nets, origin, _, client = setting()
     recipe = nets.recipe(case.statistics)
-    state = personalize(case.model, case.start, client.train_batches, recipe).final
-    outputs, loss, val_loss = evaluate(case.model, state, recipe.beta, case.val, statistics=statistics)
+    state = personalize(case.model, origin, client, recipe).final
+    outputs, loss, val_loss = evaluate(case.model, state, recipe.beta, case.val, bn_mode=bn_mode)
     assert torch.equal(val_loss, loss)
     inputs, targets = (torch.cat(part) for part in zip(*case.val, strict=True))
     expected, _ = case.model(
-        *state, recipe.beta, inputs, training=False, batch_statistics=True if statistics == "batch" else None
+        *state, recipe.beta, inputs, training=False, batch_statistics=True if bn_mode == "batch" else None
     )
     close(outputs, expected, 1e-12)
     close(loss, torch.nn.functional.cross_entropy(expected, targets), 1e-12)
@@ -177,27 +161,26 @@ def test_evaluate_gives_outputs_in_order_and_their_mean_loss(statistics: str) ->
 
 @pytest.mark.parametrize("estimator", [Unrolled(), FOMAML(), IFT()], ids=lambda e: type(e).__name__)
 def test_tensors_with_eta_0_are_left_out_of_fine_tuning_with_the_same_result(
-    estimator: HypergradientEstimator, monkeypatch: pytest.MonkeyPatch
+    estimator: HypergradientEstimator,
 ) -> None:
     case, nets, origin, lambda_, client = setting()
     lambda_["base_lr"][:3] = 0.0
-    trained = moved_names(case.model, nets, lambda_, client.net_inputs)
-    assert trained == case.model.parameter_names[3:]
+    active = active_in_episode(case.model, nets, lambda_, client)
+    assert active == case.model.parameter_names[3:]
     stacked = {name: torch.stack([p, p]) for name, p in lambda_.items()}
     stacked["base_lr"][1, 1] = 0.5
-    xi, moments, count = (torch.stack([t, t]) for t in client.net_inputs)
-    both = moved_names(case.model, nets, stacked, (xi, moments, count))
-    assert both == (case.model.parameter_names[1], *trained)
+    both = active_in_episode(case.model, nets, stacked, stack([client, client]))
+    assert both == (case.model.parameter_names[1], *active)
     asked: list[int] = []
 
-    def counted(model: Any, state: Any, batch: Any, beta: Any, rates: Any) -> Any:
-        asked.append(len(rates))
-        return inner_step(model, state, batch, beta, rates)
+    class Counted(FuncTransforms):
+        def inner_step(self, model: Any, state: Any, batch: Any, beta: Any, rates: Any) -> Any:
+            asked.append(len(rates))
+            return super().inner_step(model, state, batch, beta, rates)
 
-    monkeypatch.setattr("fedl2p.core.finetune.inner_step", counted)
-    few = meta_step(case.model, nets, estimator, origin, lambda_, client, trained=trained)
-    every = meta_step(case.model, nets, estimator, origin, lambda_, client)
+    few = meta_step(case.model, nets, estimator, origin, lambda_, client, active=active, differentiation=Counted())
+    every = meta_step(case.model, nets, estimator, origin, lambda_, client, differentiation=Counted())
     steps = len(case.train)
-    assert asked == [len(trained)] * steps + [len(case.model.parameter_names)] * steps
+    assert asked == [len(active)] * steps + [len(case.model.parameter_names)] * steps
     for name, gradient in every.gradients.items():
         close(few.gradients[name], gradient, 1e-10)

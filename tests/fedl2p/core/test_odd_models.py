@@ -9,15 +9,17 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedl2p.core.batchnorm import convert_batchnorm
-from fedl2p.core.cohort import ClientTask, CohortRunner
-from fedl2p.core.finetune import InnerState
+from fedl2p.core.episode import Episode, make_episode
+from fedl2p.core.functional import InnerState
 from fedl2p.core.hypergradients import FOMAML
+from fedl2p.core.learner import Learner
 from fedl2p.core.meta_nets import MetaNets
-from fedl2p.core.meta_step import ClientInputs, meta_step
+from fedl2p.core.meta_step import meta_step
+from fedl2p.core.settings import LearnerSettings, MetaLearningRates
 from fedl2p.core.statistics import collect_statistics
 from fedl2p.errors import ModelError
 
-RATES = {"bn_net": 0.1, "lr_net": 0.1, "base_lr": 0.1}
+RATES = MetaLearningRates(bn_net=0.1, lr_net=0.1, base_lr=0.1)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.int64])
@@ -73,16 +75,17 @@ def test_layers_that_are_called_by_keyword_are_measured() -> None:
 def test_a_lambda_that_is_the_nets_own_parameters_can_be_updated() -> None:
     case = conv_case()
     nets = MetaNets(case.model.module).double()
-    task = ClientTask(case.statistics, case.train, case.val, [])
+    episode = make_episode(case.model, case.statistics, case.train, case.val)
     lambdas = [dict(nets.named_parameters())] * 2
-    updates = CohortRunner(case.model).meta_update(nets, FOMAML(), lambdas, [[task, task]], meta_lr=RATES)
+    learner = Learner(case.model, nets, estimator=FOMAML(), settings=LearnerSettings(meta_lr=RATES))
+    updates = learner.meta_update(lambdas, [[episode, episode]])
     assert updates[0].skipped == 0
 
 
 def test_a_meta_step_without_training_batches_gives_the_direct_part() -> None:
     case = conv_case(steps=0)
     nets = MetaNets(case.model.module).double()
-    client = ClientInputs(case.statistics.net_inputs(), {}, [], case.val)
+    client = Episode(case.statistics.net_inputs(), {}, [], case.val)
     lambda_ = {name: p.detach() for name, p in nets.named_parameters()}
     done = meta_step(case.model, nets, FOMAML(), InnerState(*case.model.tensors()), lambda_, client)
     assert done.finite

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from core_cases import ConvNet, close, image_batches, seeded
+from core_cases import ConvNet, PictureAndAge, close, image_batches, named_inputs_case, seeded
 from torch import Tensor, nn
 
 from fedl2p.core.batchnorm import MixedBatchNorm, convert_batchnorm
@@ -220,3 +220,19 @@ def test_tensors_and_pairs_give_the_same(model: nn.Module) -> None:
     pairs = collect_statistics(model, batches)
     assert torch.equal(pairs.layer_moments, collect_statistics(model, [x for x, _ in batches]).layer_moments)
     assert torch.equal(pairs.layer_moments, collect_statistics(model, [[x, y] for x, y in batches]).layer_moments)
+
+
+def test_a_dict_or_a_tuple_of_inputs_is_measured_as_the_model_takes_it() -> None:
+    named, positional = named_inputs_case().train, named_inputs_case(by_name=False).train
+    model = convert_batchnorm(seeded(PictureAndAge))
+    expected = collect_statistics(model, positional)
+    pictures = collect_statistics(model.net, [x[0] for x, _ in positional])
+    assert torch.equal(expected.channel_mean["net.bn1"], pictures.channel_mean["bn1"])
+    ages = torch.cat([x[1] for x, _ in positional])
+    close(expected.channel_mean["bn3"], torch.cat([ages, ages**2], 1).mean(0), 1e-12)
+    close(expected.channel_var["bn3"], torch.cat([ages, ages**2], 1).var(0), 1e-12)
+    for batches in (named, [inputs for inputs, _ in named], [[inputs, targets] for inputs, targets in named]):
+        found = collect_statistics(model, batches)
+        assert found.num_samples == expected.num_samples == 15
+        assert torch.equal(found.layer_moments, expected.layer_moments)
+        assert torch.equal(found.bn_divergence, expected.bn_divergence)

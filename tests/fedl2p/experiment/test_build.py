@@ -15,10 +15,9 @@ from fedl2p.datamodules import DigitsDataModule
 from fedl2p.datamodules.base.federated import FederatedDataModule
 from fedl2p.errors import ConfigError, DataError
 from fedl2p.experiment.build import (
-    build_autocast,
     build_data,
-    build_device,
     build_estimator,
+    build_fabric,
     build_model,
     build_runtime,
     call,
@@ -26,8 +25,10 @@ from fedl2p.experiment.build import (
     check_trainer,
     import_object,
     instantiate,
+    trainer_notice,
 )
-from fedl2p.experiment.config import ComponentConfig, Config, load_config
+from fedl2p.experiment.config import load_config
+from fedl2p.experiment.schema import ComponentConfig, Config
 from fedl2p.models import SmallConvNet
 
 DIGITS = str(Path(fedl2p.__file__).parents[1] / "configs" / "digits.yaml")
@@ -169,13 +170,20 @@ def test_the_runtime_has_what_the_configuration_says(monkeypatch: pytest.MonkeyP
         "trainer.limit_train_batches=2",
     )
     runtime = build_runtime(settings, build_data(settings), SmallConvNet(widths=(4, 4, 4)), base_lr=0.07)
-    assert (runtime.finetune_epochs, runtime.meta_iterations, runtime.clip_value) == (2, 4, 0.5)
-    assert (runtime.running_start, runtime.evaluation_statistics) == ("zero_one", "batch")
+    learns = runtime.settings
+    assert (learns.finetune_epochs, learns.meta_iterations, learns.clip_value) == (2, 4, 0.5)
+    assert (learns.running_start, learns.evaluation_statistics) == ("zero_one", "batch")
     assert (runtime.cohort_size, runtime.seed) == (7, 9)
-    assert runtime.meta_lr == {"bn_net": 0.1, "lr_net": 0.2, "base_lr": 0.3}
+    assert vars(learns.meta_lr) == {"bn_net": 0.1, "lr_net": 0.2, "base_lr": 0.3}
+    assert runtime.learner.settings is learns
+    assert runtime.limits["train"] == 2 and runtime.trainer_arguments is None
+    assert {len(episode.train_batches) for episode in runtime.meta_episodes(3, "meta", 1)} == {2}  # of one batch each
     assert runtime.meta_nets.base_lr.tolist() == pytest.approx([0.07] * 11)
     assert runtime.meta_nets.bn_net is not None
     assert not runtime.meta_nets.bn_net.log_inputs
+
+
+def test_a_key_that_only_a_trainer_follows_gives_each_client_one_and_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[dict[str, Any]] = []
 
     class Stop(Exception):
@@ -185,11 +193,16 @@ def test_the_runtime_has_what_the_configuration_says(monkeypatch: pytest.MonkeyP
         made.append(arguments)
         raise Stop
 
+    settings = config("trainer.limit_train_batches=2", "trainer.profiler=simple")
+    runtime = build_runtime(settings, build_data(settings), SmallConvNet(widths=(4, 4, 4)), base_lr=0.07)
     monkeypatch.setattr("fedl2p.federation.runtime.L.Trainer", trainer)
-    runtime.cohort_size = 1
     with pytest.raises(Stop):
         runtime.meta_update([runtime.lambda_()], [3], 1)
-    assert made[0]["limit_train_batches"] == 2
+    assert made[0]["profiler"] == "simple"
+    assert "limit_train_batches" not in made[0]  # the client gets episodes, whose batches are limited already
+    notice = trainer_notice(settings)
+    assert notice is not None and "\n" not in notice and "trainer.profiler" in notice
+    assert trainer_notice(config("trainer.limit_train_batches=2", "trainer.precision=bf16-mixed")) is None
 
 
 # A model that cannot work is found before anything is written
@@ -258,17 +271,17 @@ def test_several_devices_for_one_client_are_refused_with_what_to_do() -> None:
         ([], "cpu"),
         (["trainer.accelerator=cpu"], "cpu"),
         (["trainer.accelerator=cpu", "trainer.devices=1"], "cpu"),
-        (["federation.cohort_size=1", "trainer.accelerator=gpu"], "cpu"),  # each client's Trainer moves what it needs
+        (["federation.cohort_size=1", "trainer.profiler=simple"], "cpu"),
     ],
 )
 def test_cohorts_run_where_a_trainer_would(overrides: list[str], expected: str) -> None:
-    assert build_device(config(*overrides)) == torch.device(expected)
+    assert build_fabric(config(*overrides)).device == torch.device(expected)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_device_that_is_not_there_names_the_key() -> None:
     with pytest.raises(ConfigError, match=r"trainer.*accelerator"):
-        build_device(config("trainer.accelerator=gpu"))
+        build_fabric(config("trainer.accelerator=gpu"))
 
 
 @pytest.mark.parametrize(
@@ -276,4 +289,16 @@ def test_a_device_that_is_not_there_names_the_key() -> None:
     [("32", None), ("32-true", None), ("bf16-mixed", torch.bfloat16), ("16-mixed", torch.bfloat16), ("64-true", None)],
 )
 def test_the_precision_of_cohorts(precision: str, expected: torch.dtype | None) -> None:
-    assert build_autocast(config(f"trainer.precision={precision}")) is expected
+    with build_fabric(config(f"trainer.precision={precision}")).autocast():
+        assert torch.is_autocast_enabled("cpu") == (expected is not None)
+        assert expected is None or torch.get_autocast_dtype("cpu") == expected
+
+
+def test_double_precision_is_that_of_the_model_the_nets_and_the_data() -> None:
+    settings = config("trainer.precision=64-true")
+    data, model = build_data(settings), build_model(settings)
+    check_model(settings, data, model)
+    runtime = build_runtime(settings, data, model, base_lr=0.1)
+    assert {t.dtype for t in runtime.lambda_().values()} == {torch.float64}
+    assert runtime.statistics(3).layer_moments.dtype == torch.float64
+    assert runtime.evaluate([runtime.recipe(runtime.lambda_(), 3)], [3])[0]["val"].outputs.dtype == torch.float64

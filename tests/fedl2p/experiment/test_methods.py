@@ -1,5 +1,6 @@
 """Hand-made recipes, the search for their rates, and the shuffling of the ablation."""
 
+import json
 import math
 from collections.abc import Callable
 
@@ -11,7 +12,16 @@ from fedl2p.core.batchnorm import convert_batchnorm
 from fedl2p.core.functional import FunctionalModel
 from fedl2p.core.statistics import collect_statistics
 from fedl2p.errors import ConfigError, FederationError
-from fedl2p.experiment.methods import FINE_TUNING, MOST_RATES, FixedRecipe, derangement, tune_rate
+from fedl2p.experiment.methods import (
+    FINE_TUNING,
+    MAX_RATES,
+    FixedRecipe,
+    TunedRate,
+    derangement,
+    given_rates,
+    tune_rate,
+)
+from fedl2p.io import to_json
 
 
 def bowl(best: float) -> Callable[[float], float]:
@@ -69,15 +79,36 @@ def test_where_every_rate_diverges_lower_ones_are_tried() -> None:
     assert [math.isinf(losses[rate]) for rate in sorted(losses)] == [False] * 3 + [True] * 3
 
 
-def test_rates_that_all_diverge_are_an_error_with_the_range() -> None:
-    with pytest.raises(FederationError, match=r"every rate tried, 1e-23 to 1\."):
-        tune_rate(lambda rate: math.nan, [0.1, 1.0])
+def test_where_no_rate_helps_the_lowest_is_taken() -> None:
+    best, losses = tune_rate(lambda rate: math.nan, [0.1, 1.0])
+    assert best == min(losses) == pytest.approx(1e-23, rel=1e-3)
+    assert set(losses.values()) == {math.inf}
+    best, losses = tune_rate(math.log, [0.1, 1.0])
+    assert best == min(losses)
+    assert len(losses) == MAX_RATES
 
 
-@pytest.mark.parametrize("sign", [1, -1])
-def test_a_loss_that_falls_forever_is_an_error_with_the_last_rate(sign: int) -> None:
-    with pytest.raises(FederationError, match=rf"still falls at the rate .* a grid of {MOST_RATES} rates"):
-        tune_rate(lambda rate: sign * math.log(rate), [0.1, 1.0])
+def test_a_loss_that_falls_upwards_forever_is_an_error_with_the_last_rate() -> None:
+    with pytest.raises(FederationError, match=rf"still falls at the rate .* a grid of {MAX_RATES} rates"):
+        tune_rate(lambda rate: -math.log(rate), [0.1, 1.0])
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        TunedRate(0.1, 0.5, ((0.01, 0.7), (0.1, 0.5), (1.0, math.inf))),
+        TunedRate(1e-9, math.inf, ((1e-9, math.inf), (1.0, math.inf)), helps=False),
+    ],
+)
+def test_a_tuned_rate_comes_back_from_json(chosen: TunedRate) -> None:
+    assert TunedRate.from_dict(json.loads(to_json(chosen.as_dict()))) == chosen
+    assert ("note" in chosen.as_dict()) != chosen.helps
+
+
+@pytest.mark.parametrize("rates", [{}, {"ft_bn_c": 0.1}, {"ft_bn_c": 1, "ft_bn_g": 1, "ft_bn_i": 1, "other": 1}])
+def test_given_rates_are_one_for_each_method(rates: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=r"baselines\.tuned_rates is .* ft_bn_c, ft_bn_g, ft_bn_i"):
+        given_rates(rates)
 
 
 @pytest.mark.parametrize("rates", [[], [0.1], [0.1, 0.1], [0.0, 0.1], [-0.1, 0.1]])
@@ -113,7 +144,7 @@ def test_a_fixed_recipe_is_the_same_for_all_layers_and_clients() -> None:
 
 
 def test_the_three_ways_to_fine_tune_are_the_paper_s() -> None:
-    assert {name: (way.beta, way.statistics) for name, way in FINE_TUNING.items()} == {
+    assert {name: (way.beta, way.bn_mode) for name, way in FINE_TUNING.items()} == {
         "ft_bn_c": (1.0, "running"),
         "ft_bn_g": (0.0, "running"),
         "ft_bn_i": (1.0, "batch"),

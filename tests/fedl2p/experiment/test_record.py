@@ -1,6 +1,5 @@
 """What a run writes down for its report."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,9 +12,8 @@ from fedl2p.core.batchnorm import convert_batchnorm
 from fedl2p.core.meta_nets import MetaNets
 from fedl2p.core.statistics import collect_statistics
 from fedl2p.datamodules.base.federated import ClientData, FederatedDataModule
-from fedl2p.experiment.folder import RunFolder
-from fedl2p.experiment.record import ClientsFile, client_record, net_input_rows
-from fedl2p.federation.state import MetaState
+from fedl2p.experiment.record import client_record, net_input_rows
+from fedl2p.io import write_json
 from fedl2p.report.saved_run import read_run
 
 
@@ -52,12 +50,12 @@ def test_labels_that_cannot_be_counted_are_left_out() -> None:
     assert [sorted(client) for client in record["clients"]] == [["details", "domain", "name", "pool", "sizes"]] * 2
 
 
-def test_the_file_is_there_when_the_rounds_start_and_reports_read_it(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
+def test_reports_read_the_file(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("seed: 1\n")
-    ClientsFile(folder, TwoClients()).on_rounds_start(MetaState(lambda_={}, best_lambda={}), 3)
-    assert json.loads((tmp_path / "clients.json").read_text())["clients"][0]["name"] == "c0"
-    assert [client.name for client in read_run(tmp_path).clients] == ["c0", "c1"]
+    write_json(tmp_path / "clients.json", client_record(TwoClients()))
+    clients = read_run(tmp_path).clients
+    assert [client.name for client in clients] == ["c0", "c1"]
+    assert clients[1].counts.tolist() == [[1, 1, 2]] * 3
 
 
 def test_the_inputs_of_the_nets_are_rows_by_layer() -> None:

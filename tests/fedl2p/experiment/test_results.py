@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from fedl2p.core.cohort import Evaluation
+from fedl2p.core.learner import Evaluation
 from fedl2p.datamodules.base.federated import ClientData, FederatedDataModule
 from fedl2p.experiment.results import PACKAGES, MethodResult, client_table, compare, mean_of, versions
 

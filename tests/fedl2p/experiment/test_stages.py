@@ -16,11 +16,13 @@ from fedl2p.core.batchnorm import convert_batchnorm
 from fedl2p.core.statistics import collect_statistics
 from fedl2p.errors import FederationError
 from fedl2p.experiment.build import build_data
-from fedl2p.experiment.config import load_config
-from fedl2p.experiment.run import collect
-from fedl2p.experiment.stages import Experiment
-from fedl2p.federation.checkpoint import load_state, load_tensors
+from fedl2p.experiment.config import load_config, to_yaml
+from fedl2p.experiment.context import prepare
+from fedl2p.experiment.run import collect, run_stages
+from fedl2p.experiment.schema import Config
+from fedl2p.federation.checkpoint import load_state
 from fedl2p.federation.state import MetaState, RoundCallback, RoundRecord
+from fedl2p.io import load_tensors
 from fedl2p.models import SmallConvNet
 from fedl2p.policy import load_policy
 
@@ -231,15 +233,18 @@ class StopAfter(RoundCallback):
             raise KeyboardInterrupt
 
 
-def compared(experiment: Experiment) -> dict[str, Any]:
-    results = collect(experiment)
+def compared(config: Config, *callbacks: RoundCallback, resume: bool = False) -> dict[str, Any]:
+    """The numbers of a run, of which only the stages are run."""
+    context = prepare(config, resume=resume)
+    with context.folder.opened(to_yaml(config), resume=resume):
+        results = collect(context, run_stages(context, callbacks))
     return {key: results[key] for key in ("methods", "comparisons", "rounds")}
 
 
 def test_a_run_that_was_stopped_in_its_rounds_ends_with_the_same_results(finished: Path, tmp_path: Path) -> None:
     config = load_config([DIGITS, *TINY, f"output_dir={tmp_path / 'run'}"])
     with pytest.raises(KeyboardInterrupt):
-        Experiment(config).run([StopAfter(1)])
+        compared(config, StopAfter(1))
     assert not (tmp_path / "run" / "meta_nets.safetensors").exists()
     assert main(["run", DIGITS, *TINY, f"output_dir={tmp_path / 'run'}", "--resume"]) == 0
     resumed, whole = results_of(tmp_path / "run"), results_of(finished)
@@ -274,7 +279,7 @@ def test_a_run_that_was_stopped_elsewhere_ends_with_the_same_results(
     for name in ("results.json", *lost):
         (folder / name).unlink()
     config = load_config([str(folder / "config.yaml")])
-    resumed = json.loads(json.dumps(compared(Experiment(config, resume=True).run())))
+    resumed = json.loads(json.dumps(compared(config, resume=True)))
     whole = results_of(finished)
     assert resumed == {key: whole[key] for key in resumed}
 
@@ -287,8 +292,8 @@ def test_resuming_with_another_configuration_is_refused_and_changes_nothing(
     finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = files(finished)
-    assert main(["run", DIGITS, *TINY, f"output_dir={finished}", "federation.rounds=3", "--resume"]) == 2
-    assert "'rounds: 2' there, 'rounds: 3' now" in capsys.readouterr().err
+    assert main(["run", DIGITS, *TINY, f"output_dir={finished}", "federation.rounds=1", "--resume"]) == 2
+    assert "'rounds: 2' there, 'rounds: 1' now" in capsys.readouterr().err
     assert files(finished) == before
 
 
@@ -303,64 +308,6 @@ def test_a_refused_resume_leaves_no_wandb_run_behind(tmp_path: Path, monkeypatch
 
 
 # What else can be configured
-
-
-@pytest.fixture
-def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A user's module outside of the project, and a configuration that names its classes."""
-    (tmp_path / "code").mkdir()
-    (tmp_path / "code" / "my_package.py").write_text(MY_PACKAGE)
-    (tmp_path / "mine.yaml").write_text(MY_CONFIG)
-    monkeypatch.syspath_prepend(tmp_path / "code")
-    return str(tmp_path / "mine.yaml")
-
-
-MY_PACKAGE = """
-import torch
-from torch import nn
-from torch.utils.data import TensorDataset
-
-from fedl2p.datamodules import ClientData, FederatedDataModule
-
-
-class MyData(FederatedDataModule):
-    num_classes = 3
-
-    def __init__(self, *, clients=3, unseen=2, **options):
-        super().__init__(**options)
-        self.counts = clients, unseen
-
-    def build_clients(self):
-        seen, unseen = self.counts
-        for number in range(seen + unseen):
-            generator = torch.Generator().manual_seed(number)
-
-            def points(count):
-                inputs = number / 2 + torch.randn(count, 5, generator=generator)
-                return TensorDataset(inputs, torch.randint(3, (count,), generator=generator))
-
-            pool = "seen" if number < seen else "unseen"
-            yield ClientData(name=f"m{number}", pool=pool, train=points(6 + number), val=points(4), test=points(5))
-
-
-class MyNet(nn.Module):
-    def __init__(self, batchnorm=True):
-        super().__init__()
-        middle = [nn.BatchNorm1d(4)] if batchnorm else []
-        self.layers = nn.Sequential(nn.Linear(5, 4), *middle, nn.ReLU(), nn.Linear(4, 3))
-
-    def forward(self, inputs):
-        return self.layers(inputs)
-"""
-MY_CONFIG = """
-data: {class_path: my_package.MyData, init_args: {batch_size: 4}}
-model: {class_path: my_package.MyNet}
-pretraining: {rounds: 0}
-client: {finetune_epochs: 1, meta_iterations: 1}
-federation: {rounds: 1, client_fraction: 0.5}
-baselines: {rates: [0.1, 0.3]}
-wandb: {mode: disabled}
-"""
 
 
 def run_mine(path: str, folder: Path, *overrides: str) -> dict[str, Any]:

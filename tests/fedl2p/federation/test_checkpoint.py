@@ -3,15 +3,15 @@
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
+from fedl2p import io
 from fedl2p.errors import RunFolderError
-from fedl2p.federation import checkpoint
-from fedl2p.federation.checkpoint import FILE_NAME, load_metadata, load_state, load_tensors, save_state, write_tensors
+from fedl2p.federation.checkpoint import FILE_NAME, load_state, save_state
 from fedl2p.federation.state import MetaState, RoundRecord
+from fedl2p.io import write_tensors
 
 
 def make_state() -> MetaState:
@@ -68,13 +68,12 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path: Path, monkeypatch: 
     save_state(tmp_path, state)
     before = (tmp_path / FILE_NAME).read_bytes()
 
-    def half(tensors: Any, path: Path, metadata: Any) -> None:
-        path.write_bytes(b"half")
+    def full(descriptor: int) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(checkpoint, "save_file", half)
+    monkeypatch.setattr(io.os, "fsync", full)
     state.add(RoundRecord(round=2, val_loss=0.5), state.lambda_)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(RunFolderError, match="disk full"):
         save_state(tmp_path, state)
     assert (tmp_path / FILE_NAME).read_bytes() == before
     loaded = load_state(tmp_path)
@@ -101,29 +100,6 @@ def test_tensors_that_are_no_checkpoint_are_refused(tmp_path: Path) -> None:
     write_tensors(tmp_path / FILE_NAME, {"lambda/a": torch.zeros(1)}, {})
     with pytest.raises(RunFolderError, match=FILE_NAME):
         load_state(tmp_path)
-
-
-def test_tensors_and_metadata_of_any_file(tmp_path: Path) -> None:
-    shared = torch.arange(6.0)
-    write_tensors(tmp_path / "x.safetensors", {"a": shared, "b": shared[:3]}, {"k": "v"})
-    loaded = load_tensors(tmp_path / "x.safetensors")
-    assert torch.equal(loaded["b"], shared[:3])
-    assert load_metadata(tmp_path / "x.safetensors") == {"k": "v"}
-    with pytest.raises(RunFolderError, match="nothing"):
-        load_tensors(tmp_path / "nothing.safetensors")
-
-
-def test_loaded_tensors_lie_in_memory_as_torch_s_own_do(tmp_path: Path) -> None:
-    # A matrix-vector product rounds otherwise where its weights are not aligned, so a resumed run would not repeat.
-    tensors = {f"t{size}": torch.zeros(size) for size in (1, 2, 3, 5, 7, 11)}
-    write_tensors(tmp_path / "x.safetensors", tensors, {})
-    assert {t.data_ptr() % 64 for t in load_tensors(tmp_path / "x.safetensors").values()} == {0}
-
-
-def test_tensors_of_any_memory_layout_can_be_written(tmp_path: Path) -> None:
-    weight = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
-    write_tensors(tmp_path / "x.safetensors", {"weight": weight}, {})
-    assert torch.equal(load_tensors(tmp_path / "x.safetensors")["weight"], weight)
 
 
 def test_a_record_as_plain_values_is_json() -> None:

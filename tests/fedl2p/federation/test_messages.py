@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from fedl2p.errors import FederationError
+from fedl2p.federation.aggregation import WeightedMean
 from fedl2p.federation.local import flower_run
-from fedl2p.federation.messages import WeightedMean, from_arrays, instruction, reply, to_arrays
+from fedl2p.federation.messages import from_arrays, instruction, reply, to_arrays
 
 
 @pytest.fixture(autouse=True)

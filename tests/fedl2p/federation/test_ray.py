@@ -9,8 +9,9 @@ import torch
 
 from fedl2p.core.statistics import ClientStatistics
 from fedl2p.errors import ConfigError
-from fedl2p.experiment.config import load_config
-from fedl2p.experiment.stages import Experiment
+from fedl2p.experiment.config import load_config, to_yaml
+from fedl2p.experiment.context import prepare
+from fedl2p.experiment.run import Outcome, run_stages
 from fedl2p.federation.checkpoint import load_statistics, save_statistics
 from fedl2p.federation.ray import require_ray
 
@@ -30,8 +31,10 @@ SMALL = (
 )
 
 
-def run(folder: Path, *overrides: str) -> Experiment:
-    return Experiment(load_config(["configs/digits.yaml", f"output_dir={folder}", *SMALL, *overrides])).run()
+def run(folder: Path, *overrides: str) -> Outcome:
+    context = prepare(load_config(["configs/digits.yaml", f"output_dir={folder}", *SMALL, *overrides]))
+    with context.folder.opened(to_yaml(context.config), resume=False):
+        return run_stages(context)
 
 
 @pytest.mark.slow
@@ -42,7 +45,7 @@ def test_ray_and_local_give_one_global_model_and_one_lambda(tmp_path: Path) -> N
         torch.testing.assert_close(ray.model.state_dict()[name], tensor, rtol=0, atol=0)
     assert [r.clients for r in ray.state.history] == [r.clients for r in local.state.history]
     assert not any(r.failures for r in ray.state.history)
-    losses = [[r.val_loss for r in experiment.state.history] for experiment in (ray, local)]
+    losses = [[r.val_loss for r in outcome.state.history] for outcome in (ray, local)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     for name, tensor in local.state.lambda_.items():
         torch.testing.assert_close(ray.state.lambda_[name], tensor, rtol=1e-5, atol=1e-5)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,15 @@ from torch.utils.data import TensorDataset
 from fedl2p.core.batchnorm import convert_batchnorm
 from fedl2p.core.hypergradients import Unrolled
 from fedl2p.core.meta_nets import MetaNets
+from fedl2p.core.settings import LearnerSettings
 from fedl2p.datamodules.base.federated import ClientData, FederatedDataModule
 from fedl2p.errors import ConfigError, FederationError
+from fedl2p.federation import rounds
 from fedl2p.federation.checkpoint import load_state, save_state
 from fedl2p.federation.client_app import make_client_app, make_cohort_handlers
 from fedl2p.federation.local import LocalGrid, flower_run
-from fedl2p.federation.rounds import run_rounds, standardize_inputs
+from fedl2p.federation.messages import from_arrays, to_arrays
+from fedl2p.federation.rounds import RoundSettings, Validation, new_state, run_rounds, set_up
 from fedl2p.federation.runtime import ClientRuntime, quiet_trainer
 from fedl2p.federation.state import MetaState, RoundCallback, RoundRecord
 from fedl2p.federation.strategy import FedL2PStrategy
@@ -88,39 +92,30 @@ class Faulty(ClientRuntime):
 class Federation:
     """Everything that rounds need."""
 
-    def __init__(self, *, runtime: dict[str, Any] | None = None, **strategy: Any) -> None:
+    def __init__(self, *, runtime: dict[str, Any] | None = None, **settings: Any) -> None:
         data = Tiny(batch_size=6)
         model = convert_batchnorm(seeded(ConvNet).float())
         torch.manual_seed(5)
-        settings: dict[str, Any] = {
-            "estimator": Unrolled(),
+        options: dict[str, Any] = {
             "meta_iterations": 2,
             "finetune_epochs": 1,
             "meta_lr": {"bn_net": 0.1, "lr_net": 0.1, "base_lr": 0.02},
-            "seed": 3,
+            **(runtime or {}),
         }
-        self.runtime = Faulty(data, model, MetaNets(model, base_lr=0.1), **(settings | (runtime or {})))
-        handlers = None if self.runtime.through_trainer else make_cohort_handlers(self.runtime)
+        learns = {name: options.pop(name) for name in LearnerSettings().as_dict() if name in options}
+        options = {"estimator": Unrolled(), "settings": LearnerSettings.of(**learns), "seed": 3, **options}
+        self.runtime = Faulty(data, model, MetaNets(model, base_lr=0.1), **options)
+        handlers = make_cohort_handlers(self.runtime)
         self.grid = LocalGrid(make_client_app(self.runtime), data.pool("seen"), cohort_handlers=handlers)
-        self.strategy = FedL2PStrategy(
-            **{  # type: ignore[arg-type]
-                "like": self.runtime.lambda_(),
-                "names": {i: data.clients[i].name for i in data.pool("seen")},
-                "client_fraction": 0.5,
-                "seed": 3,
-                **strategy,
-            }
-        )
-        self.strategy.discover(self.grid)
-        standardize_inputs(self.runtime.meta_nets, self.strategy)
+        self.settings = RoundSettings(**{"client_fraction": 0.5, "seed": 3, **settings})
+        names = {i: data.clients[i].name for i in data.pool("seen")}
+        self.federation = set_up(self.grid, self.runtime.meta_nets, names, self.settings)
         self.start = self.runtime.lambda_()
 
-    def new_state(self) -> MetaState:
-        return MetaState(lambda_=self.start, best_lambda=self.start)
-
     def run(self, rounds: int = 2, patience: int = 100, state: MetaState | None = None, **options: Any) -> MetaState:
-        state = self.new_state() if state is None else state
-        return run_rounds(self.grid, self.strategy, state, rounds=rounds, patience=patience, **options)
+        settings = replace(self.settings, rounds=rounds, patience=patience)
+        federation = replace(self.federation, settings=settings)
+        return run_rounds(self.grid, federation, state or new_state(federation), **options)
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -175,26 +170,39 @@ def test_a_cohort_and_clients_in_a_trainer_give_one_lambda(iterations: int, stat
         "evaluation_statistics": statistics,
     }
     cohort = Federation(runtime=options, client_fraction=1.0).run()
-    alone = Federation(runtime=options | {"cohort_size": 1}, client_fraction=1.0).run()
-    for name, tensor in cohort.lambda_.items():
-        torch.testing.assert_close(alone.lambda_[name], tensor, rtol=0, atol=1e-5)
-    assert losses(alone) == pytest.approx(losses(cohort), abs=1e-5)
+    for one_by_one in ({"cohort_size": 1}, {"trainer": {}}):
+        alone = Federation(runtime=options | one_by_one, client_fraction=1.0).run()
+        for name, tensor in cohort.lambda_.items():
+            torch.testing.assert_close(alone.lambda_[name], tensor, rtol=0, atol=1e-5)
+        assert losses(alone) == pytest.approx(losses(cohort), abs=1e-5)
 
 
-@pytest.mark.parametrize("limit", [{}, {"limit_train_batches": 1, "limit_val_batches": 1}], ids=str)
+@pytest.mark.parametrize("limit", [{}, {"train": 1, "val": 1}], ids=str)
 def test_a_cohort_and_clients_in_a_trainer_that_does_not_validate_give_one_lambda(limit: dict[str, Any]) -> None:
-    options: dict[str, Any] = {"meta_iterations": 3, "trainer": limit | {"check_val_every_n_epoch": 100}}
+    options: dict[str, Any] = {"meta_iterations": 3, "limits": limit}
     cohort = Federation(runtime=options, client_fraction=1.0).run()
-    alone = Federation(runtime=options | {"cohort_size": 1}, client_fraction=1.0).run()
+    alone = Federation(runtime=options | {"trainer": {"check_val_every_n_epoch": 100}}, client_fraction=1.0).run()
     for name, tensor in cohort.lambda_.items():
         torch.testing.assert_close(alone.lambda_[name], tensor, rtol=0, atol=1e-5)
     assert losses(alone) == pytest.approx(losses(cohort), abs=1e-5)
+
+
+class Half:
+    """A CPU in half precision; Lightning's Fabric has float16 on GPUs only."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast("cpu", dtype=self.dtype)
 
 
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
 def test_half_precision_is_near_full_precision(autocast: torch.dtype) -> None:
     full = Federation(client_fraction=1.0).run()
-    half = Federation(runtime={"autocast": autocast}, client_fraction=1.0).run()
+    half = Federation(runtime={"fabric": Half(autocast)}, client_fraction=1.0).run()
     for name, tensor in half.lambda_.items():
         assert tensor.dtype == torch.float32
         moved = float((full.lambda_[name] - Federation().start[name]).abs().max())
@@ -205,8 +213,8 @@ def test_half_precision_is_near_full_precision(autocast: torch.dtype) -> None:
 
 def test_half_precision_gives_one_lambda_in_a_cohort_and_in_a_trainer() -> None:
     """Sums in half precision depend on their order, and a cohort sums in another one; so they agree to its rounding."""
-    cohort = Federation(runtime={"autocast": torch.bfloat16}, client_fraction=1.0).run()
-    options: dict[str, Any] = {"cohort_size": 1, "trainer": {"precision": "bf16-mixed"}}
+    cohort = Federation(runtime={"fabric": Half(torch.bfloat16)}, client_fraction=1.0).run()
+    options: dict[str, Any] = {"fabric": Half(torch.bfloat16), "trainer": {"precision": "bf16-mixed"}}
     alone = Federation(runtime=options, client_fraction=1.0).run()
     for name, tensor in cohort.lambda_.items():
         moved = float((tensor - Federation().start[name]).abs().max())
@@ -220,7 +228,7 @@ def test_large_networks_have_the_format_and_the_kernels_that_suit_them(
     plain = Federation(client_fraction=1.0, runtime={"cohort_size": cohort_size})
     monkeypatch.setattr("fedl2p.core.cohort.CPU_COHORT_VALUES", 1)
     large = Federation(client_fraction=1.0, runtime={"cohort_size": cohort_size})
-    assert [federation.runtime.model.fused_batchnorm for federation in (plain, large)] == [False, True]
+    assert [federation.runtime.learner.single.fused_batchnorm for federation in (plain, large)] == [False, True]
     weights = [federation.runtime.model.module.conv2.weight for federation in (plain, large)]
     assert [w.is_contiguous(memory_format=torch.channels_last) for w in weights] == [False, True]
     expected = plain.run().lambda_
@@ -242,7 +250,7 @@ def test_a_round_is_the_weighted_mean_of_each_client_s_own_update() -> None:
 
 
 def test_updates_in_a_trainer_leave_the_runtime_s_nets_and_model_as_they_were() -> None:
-    federation = Federation(runtime={"cohort_size": 1, "meta_iterations": 1})
+    federation = Federation(runtime={"trainer": {}, "meta_iterations": 1})
     model = {name: t.clone() for name, t in federation.runtime.model.module.state_dict().items()}
     nets = {name: t.clone() for name, t in federation.runtime.meta_nets.state_dict().items()}
     federation.run(1)
@@ -262,7 +270,7 @@ def test_double_precision_in_the_trainer_lasts_as_long_as_the_fit() -> None:
 
 def test_standardized_inputs_have_mean_0_and_sd_1_over_participants() -> None:
     federation = Federation()
-    participants = federation.strategy.participants.values()
+    participants = federation.federation.participants
     net = federation.runtime.meta_nets.lr_net
     inputs = torch.stack([p.layer_moments for p in participants])
     scaled = (net.transform(inputs) - net.input_shift) / net.input_scale
@@ -298,7 +306,7 @@ def test_a_client_that_raises_is_left_out_and_the_others_count(cohort_size: int)
 def test_too_few_good_clients_end_the_rounds_with_the_reason() -> None:
     federation = Federation(client_fraction=1.0)
     federation.runtime.breaks = lambda client_id, work, number: client_id != 0 and work == "train"
-    state = federation.new_state()
+    state = new_state(federation.federation)
     with pytest.raises(FederationError, match=r"Round 1: 1 of 6.*3 are needed.*client 1 cannot"):
         federation.run(3, state=state)
     assert state.round == 0
@@ -320,13 +328,31 @@ def test_a_client_that_fails_in_the_first_validation_is_named_too() -> None:
 
 def test_steps_that_are_not_finite_are_counted() -> None:
     class Never(Unrolled):
-        def __call__(self, model: Any, problem: Any) -> Any:
-            estimate = super().__call__(model, problem)
+        def __call__(self, *args: Any, **options: Any) -> Any:
+            estimate = super().__call__(*args, **options)
             return estimate._replace(eta=estimate.eta * torch.nan)
 
     state = Federation(runtime={"estimator": Never()}, client_fraction=0.5).run(1)
     assert state.history[1].skipped_steps == 3 * 2
     assert same(state.lambda_, state.best_lambda)
+
+
+# Flower's own loop
+
+
+def test_flower_s_own_loop_gives_the_same_lambda_bit_for_bit() -> None:
+    federation = Federation()
+    expected = federation.run(2)
+    other = Federation()
+    settings = replace(other.settings, rounds=2)
+    strategy = FedL2PStrategy(replace(other.federation, settings=settings))
+    result = strategy.start(other.grid, to_arrays(other.start), num_rounds=2)
+    assert same(from_arrays(result.arrays, other.start), expected.lambda_)
+    measured = [result.evaluate_metrics_clientapp[number]["val-loss"] for number in (1, 2)]
+    assert measured == losses(expected)[1:]
+    assert [result.train_metrics_clientapp[number]["meta-loss"] for number in (1, 2)] == [
+        record.meta_loss for record in expected.history[1:]
+    ]
 
 
 # The best lambda
@@ -337,12 +363,15 @@ class Scripted(Federation):
 
     def __init__(self, script: list[float]) -> None:
         super().__init__(runtime={"meta_iterations": 1, "finetune_epochs": 1}, client_fraction=0.2)
-        remaining = iter(script)
+        self.remaining = iter(script)
 
-        def aggregate(number: int, replies: Any) -> dict[str, float]:
-            return {"val-loss": next(remaining)}
+    def run(self, *args: Any, **options: Any) -> MetaState:
+        def validate(*args: Any) -> Validation:
+            return Validation(loss=next(self.remaining), failures={})
 
-        self.strategy.aggregate_evaluate = aggregate  # type: ignore[assignment,method-assign]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(rounds, "validate", validate)
+            return super().run(*args, **options)
 
 
 class Recorder(RoundCallback):
@@ -485,7 +514,7 @@ def test_personalization_uses_one_fixed_order_of_batches() -> None:
 
 def test_meta_iterations_see_the_data_in_new_orders() -> None:
     runtime = Federation().runtime
-    tasks = runtime.meta_tasks(4, "meta", 1)
+    tasks = runtime.meta_episodes(4, "meta", 1)
     assert len(tasks) == 2
     orders = [torch.cat([y for _, y in task.train_batches]).tolist() for task in tasks]
     assert len({tuple(order) for order in orders}) == 2

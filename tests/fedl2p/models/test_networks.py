@@ -18,8 +18,9 @@ from fedl2p.core.batchnorm import batchnorm_names, convert_batchnorm
 from fedl2p.core.statistics import learnable_layer_names
 from fedl2p.datamodules.base.federated import ClientData, FederatedDataModule
 from fedl2p.errors import ConfigError, ModelError
-from fedl2p.experiment.config import load_config
-from fedl2p.experiment.stages import Experiment
+from fedl2p.experiment.config import load_config, to_yaml
+from fedl2p.experiment.context import prepare
+from fedl2p.experiment.run import run_stages
 from fedl2p.models import CifarResNet, MobileNetV1, ResNet18
 
 MAKERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -213,10 +214,12 @@ def test_each_network_learns_for_a_round(tmp_path: Path, name: str, monkeypatch:
             "wandb.enabled=false",
         ]
     )
-    experiment = Experiment(config).run()
-    assert experiment.state.round == 1
-    assert len(experiment.state.history[1].clients) == 2
-    assert experiment.state.history[1].skipped_steps == 0
-    assert all(np.isfinite(record.val_loss) for record in experiment.state.history)
-    changed = [not torch.equal(t, experiment.runtime.lambda_()[n]) for n, t in experiment.state.lambda_.items()]
+    context = prepare(config)
+    with context.folder.opened(to_yaml(config), resume=False):
+        outcome = run_stages(context)
+    assert outcome.state.round == 1
+    assert len(outcome.state.history[1].clients) == 2
+    assert outcome.state.history[1].skipped_steps == 0
+    assert all(np.isfinite(record.val_loss) for record in outcome.state.history)
+    changed = [not torch.equal(t, outcome.start[n]) for n, t in outcome.state.lambda_.items()]
     assert any(changed)

@@ -7,10 +7,11 @@ import torch
 from core_cases import Case, central_differences, close, conv_case, image_batches, make_case, randomize, seeded
 from torch import Tensor, nn
 
-from fedl2p.core.finetune import FineTuned, InnerState, evaluation_loss
-from fedl2p.core.functional import Batch
-from fedl2p.core.hypergradients import FOMAML, IFT, MetaProblem
-from fedl2p.core.hypergradients.base import last_step_gradient, validation_gradient
+from fedl2p.core.finetune import FineTuned, evaluation_loss
+from fedl2p.core.functional import Batch, InnerState
+from fedl2p.core.hypergradients import FOMAML, IFT
+from fedl2p.core.hypergradients.base import ValidationGradient, last_step_gradient, validation_gradient
+from fedl2p.core.settings import BatchNormMode
 from fedl2p.errors import ConfigError
 
 
@@ -30,29 +31,32 @@ def flat_loss(case: Case, state: InnerState, batch: Batch, *, training: bool) ->
     return loss
 
 
-def second_derivatives(case: Case, problem: MetaProblem, *, training: bool) -> tuple[Tensor, Tensor]:
+def second_derivatives(case: Case, state: InnerState, *, training: bool) -> tuple[Tensor, Tensor]:
     """H (n, n) and d2 L_T / (d theta d beta) (n, B), by torch.autograd.functional."""
-    state = problem.tuned.final
-    loss = flat_loss(case, state, problem.loss_batch, training=training)
-    blocks = torch.autograd.functional.hessian(loss, (flat(state.parameters), problem.beta))
+    loss = flat_loss(case, state, case.train[0], training=training)
+    blocks = torch.autograd.functional.hessian(loss, (flat(state.parameters), case.beta))
     return blocks[0][0], blocks[0][1]
+
+
+def validation_of(case: Case, state: InnerState) -> ValidationGradient:
+    return validation_gradient(case.model, case.episode(), state, case.beta, BatchNormMode.running)
 
 
 @pytest.mark.parametrize("terms", [0, 1, 4])
 @pytest.mark.parametrize("form", ["paper", "corrected"])
 def test_equals_the_formulas_with_an_explicit_hessian(form: str, terms: int) -> None:
     case = conv_case()
-    problem, psi = case.problem(history=1), 0.2
-    hessian, mixed = second_derivatives(case, problem, training=form == "corrected")
-    validation = validation_gradient(case.model, problem)
+    tuned, psi = case.tune(history=1), 0.2
+    hessian, mixed = second_derivatives(case, tuned.final, training=form == "corrected")
+    validation = validation_of(case, tuned.final)
     v = flat(validation.parameters)
     step = torch.eye(len(v), dtype=torch.float64) - psi * hessian
     p = sum(torch.linalg.matrix_power(step, j) @ v for j in range(terms + 1))
     scale, sign = (1.0, 1.0) if form == "paper" else (psi, -1.0)
-    gradient = last_step_gradient(case.model, problem)
+    gradient = last_step_gradient(case.model, case.episode(), tuned, case.beta)
     sizes = [g.numel() for g in gradient.values()]
     products = (hessian @ p * flat(gradient)).split(sizes)
-    estimate = IFT(form=form, neumann_terms=terms, neumann_lr=psi)(case.model, problem)
+    estimate = case.estimate(IFT(form=form, neumann_terms=terms, neumann_lr=psi), tuned=tuned)
     close(estimate.beta, validation.beta - scale * (p @ mixed), 1e-9)
     close(estimate.eta, sign * scale * torch.stack([part.sum() for part in products]), 1e-9)
     close(estimate.val_loss, case.val_loss(case.beta, case.eta), 1e-12)
@@ -60,8 +64,8 @@ def test_equals_the_formulas_with_an_explicit_hessian(form: str, terms: int) -> 
 
 def test_the_validation_gradient_equals_finite_differences_by_everything_it_names() -> None:
     case = conv_case()
-    problem = case.problem(history=1)
-    state, found = problem.tuned.final, validation_gradient(case.model, problem)
+    state = case.tune(history=1).final
+    found = validation_of(case, state)
     for part, tensors in (("parameters", found.parameters), ("running", found.running)):
         holder = state.parameters if part == "parameters" else state.buffers
         for name, gradient in tensors.items():
@@ -111,33 +115,32 @@ def argmin(case: Case, state: InnerState, beta: Tensor) -> InnerState:
     return state._replace(parameters={"linear.weight": theta[:4].view(1, 4), "linear.bias": theta[4:]})
 
 
-def argmin_problem() -> tuple[Case, MetaProblem]:
+def argmin_case() -> tuple[Case, FineTuned]:
     case = make_case(seeded(TwoHalves), [regression(40, 1)], [regression(9, 2), regression(5, 3)], loss_fn=squared)
     final = argmin(case, case.tune().final, case.beta)
-    tuned = FineTuned(final, (case.start,), torch.zeros(1, dtype=torch.float64))
-    return case, MetaProblem(tuned, case.train, case.train[0], case.val, case.beta, case.eta)
+    return case, FineTuned(final, (case.start,), torch.zeros(1, dtype=torch.float64))
 
 
 def test_corrected_beta_part_tends_to_the_implicit_gradient_of_the_argmin_as_q_grows() -> None:
-    case, problem = argmin_problem()
-    final = problem.tuned.final
+    case, tuned = argmin_case()
+    final = tuned.final
     expected = central_differences(
         lambda beta: evaluation_loss(case.model, argmin(case, final, beta), beta, case.val), case.beta
     )
     errors = []
     for terms in (3, 30, 300):
-        estimate = IFT(form="corrected", neumann_terms=terms, neumann_lr=0.15)(case.model, problem)
+        estimate = case.estimate(IFT(form="corrected", neumann_terms=terms, neumann_lr=0.15), tuned=tuned)
         errors.append(float((estimate.beta - expected).abs().max()))
     assert errors[0] > 10 * errors[1] > 100 * errors[2]
     close(estimate.beta, expected, 1e-6)
-    direct = validation_gradient(case.model, problem).beta
+    direct = validation_of(case, tuned.final).beta
     assert float((direct - expected).abs().max()) > 0.1 * float(expected.abs().max())
 
 
 def test_corrected_eta_part_tends_to_that_of_fomaml_as_q_grows() -> None:
-    case, problem = argmin_problem()
-    estimate = IFT(form="corrected", neumann_terms=400, neumann_lr=0.15)(case.model, problem)
-    expected = FOMAML()(case.model, problem)
+    case, tuned = argmin_case()
+    estimate = case.estimate(IFT(form="corrected", neumann_terms=400, neumann_lr=0.15), tuned=tuned)
+    expected = case.estimate(FOMAML(), tuned=tuned)
     assert float(expected.eta.abs().max()) > 1e-3
     close(estimate.eta, expected.eta, 1e-8)
 
@@ -153,8 +156,8 @@ def test_paper_eta_part_is_the_corrected_one_times_minus_one_over_psi_where_the_
             return self.fc2(torch.tanh(self.fc1(inputs.flatten(1))))
 
     case = make_case(seeded(NoNorm), image_batches(5, 4), image_batches(4, 2, seed=9))
-    psi, problem = 0.3, case.problem(history=1)
-    paper, corrected = (IFT(form=f, neumann_lr=psi)(case.model, problem) for f in ("paper", "corrected"))
+    psi = 0.3
+    paper, corrected = (case.estimate(IFT(form=f, neumann_lr=psi)) for f in ("paper", "corrected"))
     close(paper.eta, -corrected.eta / psi, 1e-12)
     assert float(paper.eta.abs().max()) > 1e-4
     assert paper.beta.shape == corrected.beta.shape == (0,)
@@ -162,15 +165,14 @@ def test_paper_eta_part_is_the_corrected_one_times_minus_one_over_psi_where_the_
 
 def test_paper_indirect_beta_part_is_the_corrected_one_over_psi_where_the_modes_agree() -> None:
     """Running statistics equal to those of the loss batch (biased) make evaluation mode equal to training mode."""
-    case, problem = argmin_problem()
+    case, tuned = argmin_case()
     inputs = case.train[0][0]
-    buffers = dict(problem.tuned.final.buffers)
+    buffers = dict(tuned.final.buffers)
     for name, part in (("bn1", inputs[:, :2]), ("bn2", inputs[:, 2:])):
         buffers[f"{name}.running_mean"], buffers[f"{name}.running_var"] = part.mean(0), part.var(0, correction=0)
-    tuned = problem.tuned._replace(final=problem.tuned.final._replace(buffers=buffers))
-    problem, psi = problem._replace(tuned=tuned), 0.15
-    direct = validation_gradient(case.model, problem).beta
-    paper, corrected = (IFT(form=f, neumann_lr=psi)(case.model, problem) for f in ("paper", "corrected"))
+    tuned, psi = tuned._replace(final=tuned.final._replace(buffers=buffers)), 0.15
+    direct = validation_of(case, tuned.final).beta
+    paper, corrected = (case.estimate(IFT(form=f, neumann_lr=psi), tuned=tuned) for f in ("paper", "corrected"))
     close(paper.beta - direct, (corrected.beta - direct) / psi, 1e-9)
     close(paper.eta, -corrected.eta / psi, 1e-9)
 
@@ -178,7 +180,7 @@ def test_paper_indirect_beta_part_is_the_corrected_one_over_psi_where_the_modes_
 @pytest.mark.parametrize("form", ["paper", "corrected"])
 def test_without_steps_eta_has_no_influence(form: str) -> None:
     case = conv_case(steps=0)
-    estimate = IFT(form=form)(case.model, case.problem())
+    estimate = case.estimate(IFT(form=form))
     assert torch.equal(estimate.eta, torch.zeros(9, dtype=torch.float64))
     assert torch.isfinite(estimate.beta).all()
     close(estimate.val_loss, case.val_loss(case.beta, case.eta), 1e-12)

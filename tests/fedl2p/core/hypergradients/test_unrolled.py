@@ -2,17 +2,29 @@
 
 import pytest
 import torch
-from core_cases import Case, ConvNet, central_differences, close, conv_case, image_batches, make_case, seeded, unchanged
+from core_cases import (
+    Case,
+    ConvNet,
+    central_differences,
+    close,
+    conv_case,
+    image_batches,
+    make_case,
+    named_inputs_case,
+    seeded,
+    unchanged,
+)
 from torch import Tensor, nn
 
 from fedl2p.core.finetune import evaluation_loss, finetune, initial_running
 from fedl2p.core.functional import FunctionalModel, LossFunction, expected_error
 from fedl2p.core.hypergradients import ESTIMATORS, Unrolled
+from fedl2p.core.settings import BatchNormMode, RunningStart
 from fedl2p.errors import ConfigError
 
 
 def assert_exact(case: Case, *, tolerance: float = 1e-7) -> None:
-    estimate = Unrolled()(case.model, case.problem())
+    estimate = case.estimate(Unrolled())
     close(estimate.beta, central_differences(lambda b: case.val_loss(b, case.eta), case.beta), tolerance)
     close(estimate.eta, central_differences(lambda e: case.val_loss(case.beta, e), case.eta), tolerance)
     close(estimate.val_loss, case.val_loss(case.beta, case.eta), 1e-12)
@@ -35,7 +47,9 @@ def test_equals_finite_differences_with_betas_at_the_ends() -> None:
 
 def test_equals_finite_differences_from_the_zero_one_start() -> None:
     case = conv_case(momentum=None)
-    buffers = case.start.buffers | initial_running(case.model, case.start.buffers, case.statistics, start="zero_one")
+    buffers = case.start.buffers | initial_running(
+        case.model, case.start.buffers, case.statistics, start=RunningStart.zero_one
+    )
     assert_exact(case._replace(start=case.start._replace(buffers=buffers)))
 
 
@@ -103,6 +117,11 @@ def test_equals_finite_differences_with_the_users_own_loss() -> None:
     assert_exact(make_case(seeded(ConvNet), image_batches(5, 4), image_batches(4, 2, seed=9), loss_fn=loss_fn))
 
 
+@pytest.mark.parametrize("by_name", [True, False])
+def test_equals_finite_differences_with_a_dict_or_a_tuple_of_inputs(by_name: bool) -> None:
+    assert_exact(named_inputs_case(by_name=by_name))
+
+
 def test_a_batch_of_one_image_is_enough_for_convolutions() -> None:
     assert_exact(make_case(seeded(ConvNet), image_batches(1, 1), image_batches(1, seed=9)))
 
@@ -115,14 +134,14 @@ def test_fewer_steps_equal_finite_differences_of_the_last_steps_from_the_stored_
     case = conv_case(momentum=momentum, steps=4)
     estimator = Unrolled(steps=steps)
     assert estimator.history(4) == steps
-    problem = case.problem(history=steps)
-    start = problem.tuned.history[0]
-    estimate = estimator(case.model, problem)
+    tuned = case.tune(history=steps)
+    start = tuned.history[0]
+    estimate = case.estimate(estimator, tuned=tuned)
     by_beta = central_differences(lambda b: case.val_loss(b, case.eta, start=start, steps=steps), case.beta)
     by_eta = central_differences(lambda e: case.val_loss(case.beta, e, start=start, steps=steps), case.eta)
     close(estimate.beta, by_beta, 1e-7)
     close(estimate.eta, by_eta, 1e-7)
-    whole = Unrolled()(case.model, case.problem())
+    whole = case.estimate(Unrolled())
     assert not torch.allclose(estimate.beta, whole.beta, rtol=1e-3)
 
 
@@ -130,20 +149,20 @@ def test_more_steps_than_there_are_equal_all() -> None:
     case = conv_case()
     many = Unrolled(steps=50)
     assert many.history(3) == Unrolled().history(3) == 3
-    for a, b in zip(many(case.model, case.problem()), Unrolled()(case.model, case.problem()), strict=True):
+    for a, b in zip(case.estimate(many), case.estimate(Unrolled()), strict=True):
         assert torch.equal(a, b)
 
 
 def test_without_steps_only_the_direct_part_remains() -> None:
     case = conv_case(steps=0)
-    estimate = Unrolled()(case.model, case.problem())
+    estimate = case.estimate(Unrolled())
     close(estimate.beta, central_differences(lambda b: case.val_loss(b, case.eta), case.beta), 1e-7)
     assert torch.equal(estimate.eta, torch.zeros(9, dtype=torch.float64))
 
 
 def test_a_small_step_against_it_lowers_the_loss_and_one_along_it_raises_it() -> None:
     case = conv_case()
-    estimate = Unrolled()(case.model, case.problem())
+    estimate = case.estimate(Unrolled())
     for part in ("beta", "eta"):
         gradient = getattr(estimate, part)
         size = 1e-4 / float(gradient.norm())
@@ -156,9 +175,10 @@ def test_a_small_step_against_it_lowers_the_loss_and_one_along_it_raises_it() ->
 @pytest.mark.parametrize("name", sorted(ESTIMATORS))
 def test_estimators_change_nothing_keep_no_graph_and_are_deterministic(name: str) -> None:
     case = conv_case()
-    problem = case.problem()
-    with unchanged(problem, case.model.module.state_dict()):
-        first, second = (ESTIMATORS[name]()(case.model, problem) for _ in range(2))
+    tuned = case.tune(history=3)
+    held = (tuned, case.episode(), case.beta, case.eta)
+    with unchanged(held, case.model.module.state_dict()):
+        first, second = (case.estimate(ESTIMATORS[name](), tuned=tuned) for _ in range(2))
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
         assert not a.requires_grad
@@ -170,9 +190,8 @@ def test_estimators_change_nothing_keep_no_graph_and_are_deterministic(name: str
 @pytest.mark.parametrize("name", sorted(ESTIMATORS))
 def test_estimators_split_validation_data_into_batches_without_a_difference(name: str) -> None:
     case = conv_case()
-    ragged = case.problem()
-    whole = ragged._replace(val_batches=[(torch.cat([x for x, _ in case.val]), torch.cat([y for _, y in case.val]))])
-    for a, b in zip(*(ESTIMATORS[name]()(case.model, problem) for problem in (ragged, whole)), strict=True):
+    whole = case._replace(val=[(torch.cat([x for x, _ in case.val]), torch.cat([y for _, y in case.val]))])
+    for a, b in zip(*(either.estimate(ESTIMATORS[name]()) for either in (case, whole)), strict=True):
         close(a, b, 1e-11)
 
 
@@ -189,9 +208,9 @@ def test_equals_finite_differences_of_evaluation_by_batch_statistics(val_loss_fn
 
     def val_loss(beta: Tensor, eta: Tensor) -> Tensor:
         final = finetune(model, case.start, case.train, beta, eta).final
-        return evaluation_loss(model, final, beta, case.val, statistics="batch")
+        return evaluation_loss(model, final, beta, case.val, bn_mode=BatchNormMode.batch)
 
-    estimate = Unrolled()(model, case.problem()._replace(statistics="batch"))
+    estimate = case._replace(model=model).estimate(Unrolled(), bn_mode=BatchNormMode.batch)
     close(estimate.beta, central_differences(lambda b: val_loss(b, case.eta), case.beta), 1e-7)
     close(estimate.eta, central_differences(lambda e: val_loss(case.beta, e), case.eta), 1e-7)
     assert not torch.allclose(estimate.val_loss, case.val_loss(case.beta, case.eta))

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from fedl2p.datamodules.base.federated import ClientData, FederatedDataModule
-from fedl2p.errors import ConfigError, FederationError
+from fedl2p.errors import FederationError
+from fedl2p.federation.fedavg import make_pretrain_app, pretrain
 from fedl2p.federation.local import LocalGrid, flower_run
-from fedl2p.pretraining.fedavg import LocalTraining, make_pretrain_app, pretrain
+from fedl2p.pretraining.fedavg import LocalTraining
 from fedl2p.seeding import derive_seed
 
 
@@ -57,6 +58,7 @@ def train(data: Blobs, model: nn.Module, rounds: int, **options: Any) -> nn.Modu
         model,
         client_ids=data.pool("pretrain"),
         rounds=rounds,
+        min_reply_fraction=1.0,
     )
 
 
@@ -147,12 +149,6 @@ def test_a_client_that_fails_stops_the_pretraining_with_the_reason() -> None:
 def test_a_model_that_is_not_finite_stops_the_pretraining(rate: float) -> None:
     with pytest.raises(FederationError, match=r"is not finite; choose a lower pretraining\.lr"):
         train(Blobs(), network(), 5, lr=rate)
-
-
-@pytest.mark.parametrize("options", [{"epochs": 0}, {"lr": 0.0}, {"lr": -1.0}, {"momentum": 1.0}, {"momentum": -0.1}])
-def test_impossible_settings_are_refused(options: dict[str, float]) -> None:
-    with pytest.raises(ConfigError, match=rf"{next(iter(options))} (is )?{next(iter(options.values()))}"):
-        LocalTraining(Blobs(), network(), **options)  # type: ignore[arg-type]
 
 
 # Which clients, at which rate
