@@ -67,7 +67,7 @@ def hyperparameter_rows(
 
 
 def named_values(
-    recipe: Hyperparameters, names: Named, *, whose: str = "the client"
+    recipe: "Hyperparameters", names: Named, *, whose: str = "the client"
 ) -> Iterator[tuple[str, str, float]]:
     """Every entry of a recipe as (kind, name, value): beta of each batch norm, then eta of each parameter tensor.
 
