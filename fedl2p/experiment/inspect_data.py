@@ -6,14 +6,14 @@ import numpy as np
 from rich.console import Console
 
 from fedl2p.datamodules.base.arrays import labels_of
-from fedl2p.datamodules.base.federated import POOLS, FederatedDataModule
+from fedl2p.datamodules.base.federated import FederatedDataModule
 from fedl2p.errors import DataError, RunFolderError
 from fedl2p.experiment.build import build_data
 from fedl2p.experiment.schema import Config
 from fedl2p.io import write_atomically
+from fedl2p.pools import POOLS, ROLES
 from fedl2p.report.drawing import png
 from fedl2p.report.split import (
-    ROLES,
     ClientSplit,
     clients_table,
     domains_table,

@@ -8,6 +8,7 @@ from fedl2p.core.statistics import ClientStatistics
 from fedl2p.datamodules.base.federated import FederatedDataModule
 from fedl2p.errors import DataError
 from fedl2p.experiment.inspect_data import class_names, read_split
+from fedl2p.pools import ROLES
 from fedl2p.report.hyperparameters import Described
 
 
@@ -27,7 +28,7 @@ def client_record(data: FederatedDataModule) -> dict[str, Any]:
         splits = {}  # labels that are no classes: the sizes are known all the same
     clients = []
     for client_id, client in enumerate(data.clients):
-        sizes = dict(zip(("train", "val", "test"), data.client_sizes(client_id), strict=True))
+        sizes = dict(zip(ROLES, data.client_sizes(client_id), strict=True))
         entry: dict[str, Any] = {"name": client.name, "pool": client.pool, "domain": client.domain, "sizes": sizes}
         if client.name in splits:
             counts = splits[client.name].counts.tolist()

@@ -14,8 +14,9 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]  # OmegaConf's own parser
 
 from fedl2p.errors import RunFolderError
+from fedl2p.pools import ROLES
 from fedl2p.report.hyperparameters import read_hyperparameters
-from fedl2p.report.split import ROLES, ClientSplit
+from fedl2p.report.split import ClientSplit
 from fedl2p.report.table import number
 
 Row = Mapping[str, Any]

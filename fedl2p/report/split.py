@@ -15,9 +15,9 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from fedl2p.pools import ROLES
 from fedl2p.report.drawing import DPI, POOL_COLOURS, WIDTH, new_canvas
 
-ROLES = ("train", "val", "test")
 _BAR = 10  # characters of the longest bar
 _SPARKS = " ▁▂▃▄▅▆▇█"
 _MOST_COLUMNS = 64  # of a row of sparks

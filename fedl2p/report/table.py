@@ -8,7 +8,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-POOLS = ("seen", "unseen")
+from fedl2p.pools import MEASURED_POOLS
+
 NOTHING = "–"  # noqa: RUF001 (an en dash for a cell without a value)
 
 
@@ -51,7 +52,7 @@ def pool_names(results: Mapping[str, Any]) -> list[str]:
         for key, value in (entry or {}).items()
         if isinstance(value, Mapping) and "accuracy" in value
     }
-    return [name for name in POOLS if name in found] + sorted(found - set(POOLS))
+    return [name for name in MEASURED_POOLS if name in found] + sorted(found - set(MEASURED_POOLS))
 
 
 def cells(results: Mapping[str, Any]) -> dict[str, dict[str, Cell]]:

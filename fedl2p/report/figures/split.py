@@ -8,6 +8,7 @@ from matplotlib import colormaps
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 
+from fedl2p.pools import ROLES
 from fedl2p.report.drawing import (
     DPI,
     GREY,
@@ -20,7 +21,7 @@ from fedl2p.report.drawing import (
     new_canvas,
     use_page_colours,
 )
-from fedl2p.report.split import ROLES, ClientSplit, in_groups, label_skew, labels_known
+from fedl2p.report.split import ClientSplit, in_groups, label_skew, labels_known
 
 MOST_CLASSES = 20  # that have room for a name
 MOST_DOMAINS = 12  # likewise

@@ -7,6 +7,7 @@ from itertools import pairwise
 import numpy as np
 from omegaconf import OmegaConf
 
+from fedl2p.pools import ROLES
 from fedl2p.report.domains import agreements, distance_maps
 from fedl2p.report.figures.domains import distance_map
 from fedl2p.report.figures.recipes import hyperparameter_boxes
@@ -14,7 +15,7 @@ from fedl2p.report.figures.split import split_panel
 from fedl2p.report.figures.training import learning_curve
 from fedl2p.report.page.html import Chapter, folded, gallery, heads, note, percent, row, table
 from fedl2p.report.recipes import KINDS, LIMITS, Kind, at_limits, by_domain, layer_spreads, model_sparsity
-from fedl2p.report.split import ROLES, label_skew, labels_known
+from fedl2p.report.split import label_skew, labels_known
 from fedl2p.report.table import NOTHING, number
 
 MOST_DOMAINS = 12  # that get figures of their own
