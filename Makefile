@@ -4,7 +4,7 @@ STAMP := .venv/.installed
 # A worker a core; tensors this small gain nothing from more threads. Tests of one xdist_group share a worker.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadgroup
 
-.PHONY: install demo test test-slow lint bench clean
+.PHONY: install demo test test-slow browser lint bench clean
 
 install: $(STAMP)
 
@@ -21,8 +21,13 @@ demo: install
 test: install
 	$(PYTEST)
 
-test-slow: install
+test-slow: install browser
 	$(PYTEST) -m slow
+
+# A Chromium for the tests of the report page; Debian's where there is none and one may install it.
+browser:
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
+	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
 
 # How fast each part is, against a reference in the same process; writes benchmarks/results.json and .md.
 bench: install

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import fill
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedl2p import __version__
 from fedl2p.errors import ConfigError, FedL2PError, RunFolderError
@@ -39,6 +39,23 @@ labels, domains and pools, and all of it in one picture. Nothing is trained.
   fedl2p data configs/cifar10.yaml seed=7 data.init_args.alpha=0.5 --picture alpha.png
 """
 
+
+REPORT_HELP = """\
+Writes report.html, one page that needs nothing else, into the folder of the first run, and its figures as SVG and PDF
+beside. `fedl2p run` does so at its end. Several runs stand side by side, with mean and SD over seeds; an interrupted
+run is shown as far as it came.
+
+  fedl2p report runs/seven
+  fedl2p report runs/seed0 runs/seed1 runs/seed2
+"""
+
+INSPECT_HELP = """\
+Prints beta and eta of chosen clients, layer by layer.
+
+  fedl2p inspect runs/seven --client seen-blur-03 --client seen-noise-00
+  fedl2p inspect runs/seven --pool unseen --kind beta
+  fedl2p inspect runs/seven --domain blur --format csv > blur.csv
+"""
 
 KEYS_HELP = """\
 Prints the keys of a configuration with their types, defaults and meanings.
@@ -84,7 +101,26 @@ def make_parser() -> argparse.ArgumentParser:
     add_command("configs", help=names, description=f"{names[0].upper()}{names[1:]}: what each runs, and how long.")
     keys = add_command("keys", help="list the keys of a configuration", description=KEYS_HELP)
     keys.add_argument("prefix", nargs="?", default="", metavar="PREFIX", help="only keys that begin with it")
+    _add_reading_commands(commands)
     return parser
+
+
+def _add_reading_commands(commands: Any) -> None:
+    """The commands that read the folders of runs and need no configuration."""
+    plain = argparse.RawDescriptionHelpFormatter
+    report = commands.add_parser(
+        "report", help="write the page of one run or several", description=REPORT_HELP, formatter_class=plain
+    )
+    report.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs; the page goes into the first")
+    inspect = commands.add_parser(
+        "inspect", help="print what clients' hyperparameters became", description=INSPECT_HELP, formatter_class=plain
+    )
+    inspect.add_argument("run", metavar="RUN", help="the folder of a run")
+    inspect.add_argument("--client", action="append", default=[], metavar="NAME", help="this client; may be repeated")
+    inspect.add_argument("--pool", help="clients of this pool")
+    inspect.add_argument("--domain", help="clients of this domain")
+    inspect.add_argument("--kind", choices=("beta", "eta"), help="one of the two; both by default")
+    inspect.add_argument("--format", choices=("table", "csv", "json"), default="table", help="table by default")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -109,6 +145,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return configs()
             if options.command == "keys":
                 return keys(options.prefix)
+            if options.command == "report":
+                return report(options.runs)
+            if options.command == "inspect":
+                return inspect(options)
             config = load_config(options.config)
             if options.command == "data":
                 return data(config, picture=options.picture, all_clients=options.all)
@@ -150,6 +190,30 @@ def data(config: "Config", *, picture: str | None = None, all_clients: bool = Fa
     from fedl2p.experiment.inspect_data import inspect_data
 
     inspect_data(config, picture=picture, all_clients=all_clients)
+    return 0
+
+
+def report(runs: Sequence[str]) -> int:
+    """`fedl2p report`."""
+    from fedl2p.report.page import write_report
+
+    print(write_report(runs))
+    return 0
+
+
+def inspect(options: argparse.Namespace) -> int:
+    """`fedl2p inspect`."""
+    from fedl2p.report.inspect import show_hyperparameters
+
+    text = show_hyperparameters(
+        options.run,
+        clients=options.client,
+        pool=options.pool,
+        domain=options.domain,
+        kind=options.kind,
+        form=options.format,
+    )
+    sys.stdout.write(text)
     return 0
 
 

@@ -12,7 +12,7 @@ from fedl2p.experiment.build import build_data
 from fedl2p.experiment.schema import Config
 from fedl2p.io import write_atomically
 from fedl2p.pools import POOLS, ROLES
-from fedl2p.report.figures import png
+from fedl2p.report.drawing import png
 from fedl2p.report.split import (
     ClientSplit,
     clients_table,

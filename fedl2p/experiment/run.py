@@ -2,18 +2,23 @@
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
 from torch import nn
 
 from fedl2p.callbacks.wandb_rounds import WandbRounds, start_wandb
+from fedl2p.errors import FedL2PError
 from fedl2p.experiment.build import GLOBAL_MODEL, build_runtime
 from fedl2p.experiment.config import Source, load_config, to_yaml
 from fedl2p.experiment.context import RunContext, prepare
+from fedl2p.experiment.cost import run_cost
 from fedl2p.experiment.evaluation import POOLS, measured_methods
 from fedl2p.experiment.folder import DATA
+from fedl2p.experiment.record import client_record, net_input_rows
 from fedl2p.experiment.results import MethodResult, compare, versions
 from fedl2p.experiment.stages import (
     initial_base_lr,
@@ -27,9 +32,8 @@ from fedl2p.federation.checkpoint import FILE_NAME as ROUNDS
 from fedl2p.federation.local import flower_run
 from fedl2p.federation.runtime import ClientRuntime
 from fedl2p.federation.state import MetaState, RoundCallback
-from fedl2p.report.figures import save_figures
 from fedl2p.report.hyperparameters import hyperparameter_rows, write_hyperparameters
-from fedl2p.report.page import write_page
+from fedl2p.report.page import write_report
 from fedl2p.report.table import methods_table
 
 Result = TypeVar("Result")
@@ -64,6 +68,9 @@ def run(*sources: Source, resume: bool = False, quiet: bool = False) -> dict[str
             outcome = run_stages(context, [tracker] if tracker else [])
             results = collect(context, outcome)
             _write_results(context, outcome, results, started, tracker)
+        except BaseException:
+            _leave_page(context.folder.path)
+            raise
         finally:
             if tracker:
                 tracker.finish()
@@ -111,6 +118,7 @@ def run_stages(context: RunContext, callbacks: Sequence[RoundCallback] = ()) -> 
         return result
 
     context.folder.write_json(DATA, context.fingerprint)
+    context.folder.write_json("clients.json", client_record(context.data))
     with flower_run():
         model = stage("pretraining", pretrained_model, folder / GLOBAL_MODEL)
         runtime = build_runtime(context.config, context.data, model, base_lr=0.0)
@@ -143,6 +151,7 @@ def collect(context: RunContext, outcome: Outcome) -> dict[str, Any]:
         },
         "methods": {name: method.as_dict() for name, method in outcome.methods.items()},
         "comparisons": compare(outcome.methods, seed=context.config.seed),
+        "cost": run_cost(context.config, context.data, runtime, state),
     }
 
 
@@ -150,13 +159,13 @@ def _write_results(
     context: RunContext, outcome: Outcome, results: dict[str, Any], started: float, tracker: WandbRounds | None
 ) -> None:
     """The files for people and programs; `results.json` first, since the others only show it."""
-    folder, history, rows = context.folder.path, outcome.state.history, _hyperparameters(context, outcome)
+    folder, rows = context.folder.path, _hyperparameters(context, outcome)
     context.folder.write_json("results.json", results)
     write_hyperparameters(folder / "hyperparameters.csv", rows)
-    figures = save_figures(folder / "figures", results=results, history=history, rows=rows)
+    write_hyperparameters(folder / "net_inputs.csv", _net_inputs(context, outcome))
     results["timings"]["total"] = time.monotonic() - started
     context.folder.write_json("results.json", results)
-    write_page(folder / "report.html", results, history, figures)
+    write_report([folder])
     if tracker:
         tracker.log_hyperparameters(rows)
         tracker.log_results(results)
@@ -167,6 +176,18 @@ def _hyperparameters(context: RunContext, outcome: Outcome) -> list[dict[str, An
     runtime, best = outcome.runtime, outcome.state.best_lambda
     recipes = [runtime.recipe(best, client_id) for client_id in ids]
     return hyperparameter_rows([context.data.clients[i] for i in ids], recipes, runtime.meta_nets)
+
+
+def _net_inputs(context: RunContext, outcome: Outcome) -> list[dict[str, Any]]:
+    ids = [client_id for pool in POOLS for client_id in context.data.pool(pool)]
+    statistics = [outcome.runtime.statistics(client_id) for client_id in ids]
+    return net_input_rows([context.data.clients[i] for i in ids], statistics, outcome.runtime.meta_nets)
+
+
+def _leave_page(folder: Path) -> None:
+    """An interrupted run has a page too, of what it has written; why it stopped matters more than why it has none."""
+    with suppress(FedL2PError):
+        write_report([folder])
 
 
 def _tracker(context: RunContext) -> WandbRounds | None:

@@ -5,11 +5,13 @@ import io
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from fedl2p.core.meta_nets import Hyperparameters
 from fedl2p.errors import ModelError, RunFolderError
 from fedl2p.io import write_atomically
+
+if TYPE_CHECKING:  # reading a table needs no torch
+    from fedl2p.core.meta_nets import Hyperparameters
 
 COLUMNS = ("client", "domain", "pool", "kind", "layer", "value")
 
@@ -38,7 +40,7 @@ class Named(Protocol):
 
 
 def hyperparameter_rows(
-    clients: Sequence[Described], recipes: Sequence[Hyperparameters], meta_nets: Named
+    clients: Sequence[Described], recipes: "Sequence[Hyperparameters]", meta_nets: Named
 ) -> list[dict[str, Any]]:
     """The recipes in long form, clients in the given order, layers in the model's.
 
@@ -65,7 +67,7 @@ def hyperparameter_rows(
 
 
 def named_values(
-    recipe: Hyperparameters, names: Named, *, whose: str = "the client"
+    recipe: "Hyperparameters", names: Named, *, whose: str = "the client"
 ) -> Iterator[tuple[str, str, float]]:
     """Every entry of a recipe as (kind, name, value): beta of each batch norm, then eta of each parameter tensor.
 

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedl2p.pools import ROLES
-from fedl2p.report.figures import DPI, POOL_COLOURS, WIDTH, new_canvas
+from fedl2p.report.drawing import DPI, POOL_COLOURS, WIDTH, new_canvas
 
 _BAR = 10  # characters of the longest bar
 _SPARKS = " ▁▂▃▄▅▆▇█"
@@ -50,6 +50,12 @@ class ClientSplit:
     def sizes(self) -> tuple[int, ...]:
         """Samples by role."""
         return tuple(int(count) for count in self.counts.sum(axis=1))
+
+
+def labels_known(clients: Iterable[ClientSplit]) -> bool:
+    """Whether the labels of all of them were counted: in as many classes, and in more than one."""
+    widths = {client.counts.shape[1] for client in clients}
+    return len(widths) == 1 and widths != {1}
 
 
 def label_skew(clients: Sequence[ClientSplit]) -> float:
@@ -121,6 +127,12 @@ def clients_table(clients: Sequence[ClientSplit], *, most: int | None = None) ->
     return table
 
 
+def in_groups(clients: Iterable[ClientSplit]) -> list[ClientSplit]:
+    """The clients by pool, by domain, and by size."""
+    groups = [own for pool in _grouped(clients, "pool").values() for own in _grouped(pool, "domain").values()]
+    return [client for own in groups for client in sorted(own, key=lambda client: client.sizes)]
+
+
 def split_figure(clients: Sequence[ClientSplit], classes: Sequence[str], *, title: str) -> Figure:
     """Clients from left to right, by pool, domain and size: their samples by role, their labels, their domain.
 
@@ -129,8 +141,7 @@ def split_figure(clients: Sequence[ClientSplit], classes: Sequence[str], *, titl
         classes: names, one a label.
         title: above all.
     """
-    groups = [own for pool in _grouped(clients, "pool").values() for own in _grouped(pool, "domain").values()]
-    clients = [client for own in groups for client in sorted(own, key=lambda client: client.sizes)]
+    clients = in_groups(clients)
     height = min(12.0, 4.5 + 0.16 * len(classes))
     figure = new_canvas(height)
     ratios = [2.2, max(1.5, 0.14 * len(classes)), 0.25]

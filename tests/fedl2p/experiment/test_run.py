@@ -14,7 +14,7 @@ import torch
 
 import fedl2p
 from fedl2p.cli import main
-from fedl2p.errors import ConfigError, RunFolderError
+from fedl2p.errors import ConfigError, FederationError, RunFolderError
 from fedl2p.experiment import run as run_module
 from fedl2p.experiment.config import load_config
 from fedl2p.experiment.context import prepare
@@ -186,6 +186,40 @@ def test_a_resumed_run_goes_on_with_its_wandb_run(mine: str, tmp_path: Path, mon
 
 
 # Interruptions
+
+
+def test_an_interrupted_run_has_a_page_and_a_finished_one_another(
+    mine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "local_policies", interrupted)
+        assert main(["run", mine, f"output_dir={folder}"]) == 130
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "This run has not come to its end" in page
+    assert all(f"<h2>{title}</h2>" in page for title in ("Training", "Who has what", "Configuration"))
+    assert "<h2>Methods</h2>" not in page
+    assert main(["run", mine, f"output_dir={folder}", "--resume"]) == 0
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "This run has not come to its end" not in page
+    assert all(f"<h2>{title}</h2>" in page for title in ("Methods", "Learned β and η", "Cost", "Clients"))
+    assert {"accuracy.svg", "accuracy.pdf", "beta.svg", "eta.pdf"} <= set(os.listdir(folder / "figures"))
+
+
+def test_a_page_that_cannot_be_written_does_not_hide_why_a_run_stopped(
+    mine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failing(*arguments: object) -> None:
+        (tmp_path / "run" / "metrics.jsonl").write_text("damaged\n{}\n")
+        raise FederationError("too few clients")
+
+    monkeypatch.setattr(run_module, "local_policies", failing)
+    assert main(["run", mine, f"output_dir={tmp_path / 'run'}"]) == 1
+    assert "too few clients" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "report.html").exists()
 
 
 def program(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
