@@ -118,7 +118,7 @@ class Differentiation(ABC):
         state, batch, beta = self.prepare((state, batch, beta))
         frozen = {name: p for name, p in state.parameters.items() if name not in rates}
         trained = {name: state.parameters[name] for name in rates}
-        scale = _gradient_scale(beta.device.type)
+        scale = gradient_scale(beta.device.type)
 
         def loss(trained: Tensors) -> tuple[Tensor, Tensors]:
             parameters = {**frozen, **trained}
@@ -142,7 +142,7 @@ class Differentiation(ABC):
         return InnerState({name: moved.get(name, p) for name, p in state.parameters.items()}, buffers), value
 
 
-def _gradient_scale(device_type: str) -> float:
+def gradient_scale(device_type: str) -> float:
     """What the training loss is multiplied by while it is differentiated: small gradients vanish in half precision."""
     half = torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) == torch.float16
     return HALF_SCALE if half else 1.0
