@@ -211,7 +211,7 @@ def _tensor(array: Array, name: str, reference: Tensor) -> Tensor:
     try:
         if np.lib.format.read_magic(stream) != (1, 0):
             raise ValueError
-        shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+        shape, by_columns, dtype = np.lib.format.read_array_header_1_0(stream)
     except Exception:
         raise FederationError(f"tensor '{name}' is no array in NumPy's format") from None
     if (dtype, array.dtype) != (expected, str(expected)):
@@ -220,5 +220,8 @@ def _tensor(array: Array, name: str, reference: Tensor) -> Tensor:
         raise FederationError(f"tensor '{name}' has the shape {str(shape)[:40]}; expected is {expected_shape}")
     if len(array.data) - stream.tell() != math.prod(shape) * dtype.itemsize:
         raise FederationError(f"tensor '{name}' has more or less data than its shape {shape} takes")
+    values = np.frombuffer(bytearray(array.data), dtype, offset=stream.tell()).reshape(
+        shape, order="F" if by_columns else "C"
+    )
     # from_numpy keeps 0-d shapes; the clone owns its memory, aligned as torch aligns it, so that runs repeat.
-    return torch.from_numpy(array.numpy()).clone()
+    return torch.from_numpy(values).clone()
