@@ -18,7 +18,7 @@ from torch.func import grad, grad_and_value, jvp, vjp
 from torch.utils import _pytree as pytree
 
 from fedl2p.core.convolution import TwiceDifferentiableConvolutions
-from fedl2p.core.functional import Batch, FunctionalModel, InnerState, Tensors, split_running
+from fedl2p.core.functional import Batch, FunctionalModel, InnerState, Tensors, ordinary, split_running
 
 Objective = Callable[..., tuple[Tensor, Tensors]]
 """(parameters by name, ...) -> a loss (0-d), and other tensors by name."""
@@ -248,12 +248,7 @@ class Autograd(Differentiation):
 
     def prepare(self, tensors: Any) -> Any:
         """Copies of tensors that were made in inference mode, on which autograd cannot look back; the others stay."""
-        leaves, structure = pytree.tree_flatten(tensors)
-        if not any(isinstance(leaf, Tensor) and leaf.is_inference() for leaf in leaves):
-            return tensors
-        with torch.inference_mode(False):
-            copies = [leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf for leaf in leaves]
-        return pytree.tree_unflatten(copies, structure)
+        return ordinary(tensors)
 
     def gradient(self, objective: Objective, parameters: Tensors) -> tuple[Tensors, Tensor, Tensors]:
         """See `Differentiation`."""
