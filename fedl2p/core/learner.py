@@ -4,7 +4,6 @@ A Lightning module, a federation and a test all use this one; what it computes a
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,7 +16,15 @@ from fedl2p.core.cohort import automatic_cohort_size, groups, stack, take
 from fedl2p.core.differentiation import FUNC_TRANSFORMS, Autograd, CompiledSteps, Differentiation
 from fedl2p.core.episode import Episode
 from fedl2p.core.finetune import active_parameters, evaluate
-from fedl2p.core.functional import Batch, FunctionalModel, InnerState, Inputs, Tensors, concatenate, ordinary
+from fedl2p.core.functional import (
+    Batch,
+    FunctionalModel,
+    InnerState,
+    Inputs,
+    Tensors,
+    concatenate,
+    outside_inference_mode,
+)
 from fedl2p.core.hypergradients import HypergradientEstimator, Unrolled
 from fedl2p.core.meta_nets import Hyperparameters, MetaNets
 from fedl2p.core.meta_step import MetaStep, active_in_episode, meta_optimizer, meta_step, personalize
@@ -302,20 +309,18 @@ class Learner:
             for part in parts
         }
 
+    @outside_inference_mode
     def _over_clients(self, function: Callable[..., Any], clients: int | None, *args: Any) -> Any:
         """Applies `function(differentiation, ...)` to each client of stacked arguments.
 
         Without `clients` the arguments are of one client, not stacked. A cohort of one goes without `torch.vmap`.
         """
-        # A Trainer tests in inference mode, where `torch.func` of some versions silently finds no gradients.
-        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
-            args = ordinary(args)
-            if clients is None:
-                return function(self.single, *args)
-            if clients > 1:
-                return torch.vmap(partial(function, FUNC_TRANSFORMS), randomness="different")(*args)
-            one = function(self.single, *(take(arg, 0) for arg in args))
-            return pytree.tree_map(lambda leaf: leaf[None], one)
+        if clients is None:
+            return function(self.single, *args)
+        if clients > 1:
+            return torch.vmap(partial(function, FUNC_TRANSFORMS), randomness="different")(*args)
+        one = function(self.single, *(take(arg, 0) for arg in args))
+        return pytree.tree_map(lambda leaf: leaf[None], one)
 
 
 def _targets(episode: Episode, part: str) -> Any:
