@@ -117,7 +117,12 @@ class Learner:
         return answer
 
     def meta_step(self, lambda_: Tensors, episode: Episode) -> MetaStep:
-        """One meta iteration of one client, or of a cohort with a lambda for each of its clients, all stacked."""
+        """One meta iteration of one client, or of a cohort with a lambda for each of its clients, all stacked.
+
+        Raises:
+            DataError: there are no validation data.
+        """
+        _require([episode], "val")
         active = active_in_episode(self.model, self.meta_nets, lambda_, episode)
 
         def step(differentiation: Differentiation, lambda_: Tensors, episode: Episode) -> MetaStep:
@@ -202,8 +207,7 @@ class Learner:
         Raises:
             DataError: a client has no validation data.
         """
-        if any(not episode.val_batches for episode in episodes):
-            raise DataError("A client has no val data to refine its recipe on.")
+        _require(episodes, "val")
         results: dict[int, Refined] = {}
         for positions in groups(episodes, max_cohort):
             recipe = stack([recipes[i] for i in positions])
@@ -258,8 +262,7 @@ class Learner:
             DataError: a client has no data for a part.
         """
         for part in parts:
-            if any(not getattr(episode, f"{part}_batches") for episode in episodes):
-                raise DataError(f"A client has no {part} data to be measured on.")
+            _require(episodes, part)
         results: dict[int, dict[str, Evaluation]] = {}
         for positions in groups(episodes, max_cohort):
             recipe = stack([recipes[i] for i in positions])
@@ -308,6 +311,11 @@ class Learner:
             return torch.vmap(partial(function, FUNC_TRANSFORMS), randomness="different")(*args)
         one = function(self.single, *(take(arg, 0) for arg in args))
         return pytree.tree_map(lambda leaf: leaf[None], one)
+
+
+def _require(episodes: Sequence[Episode], part: str) -> None:
+    if any(not getattr(episode, f"{part}_batches") for episode in episodes):
+        raise DataError(f"A client has no {part} data to be measured on.")
 
 
 def _targets(episode: Episode, part: str) -> Any:
