@@ -240,7 +240,7 @@ class ClientRuntime:
         nets = copy.deepcopy(self.meta_nets)
         nets.load_state_dict(lambda_, strict=False)
         client = FedL2PClient(
-            copy.deepcopy(self.model.module),
+            self.model.module,
             meta_nets=nets,
             estimator=self.learner.estimator,
             settings=self.settings,
