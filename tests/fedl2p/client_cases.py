@@ -53,7 +53,7 @@ def make_client(**options: Any) -> FedL2PClient:
     return FedL2PClient(Net(), num_classes=3, **(settings | options))
 
 
-def make_trainer(folder: Path, **options: Any) -> L.Trainer:
+def quiet_trainer(folder: Path, **options: Any) -> L.Trainer:
     quiet: dict[str, Any] = {
         "accelerator": "cpu",
         "devices": 1,
@@ -62,10 +62,14 @@ def make_trainer(folder: Path, **options: Any) -> L.Trainer:
         "enable_progress_bar": False,
         "enable_model_summary": False,
         "default_root_dir": folder,
-        "limit_val_batches": 0,
         "max_epochs": 1,
     }
     return L.Trainer(**(quiet | options))
+
+
+def make_trainer(folder: Path, **options: Any) -> L.Trainer:
+    """One that does not validate during a fit, unless asked to."""
+    return quiet_trainer(folder, **({"limit_val_batches": 0} | options))
 
 
 def lambda_of(client: FedL2PClient) -> dict[str, Tensor]:
