@@ -95,7 +95,7 @@ class FedL2PClient(L.LightningModule):
             meta_nets: lambda to start from; None makes new nets that fit `model`.
             base_lr: initial learning rate of every tensor (eta~) in new nets.
             recipe: chooses the hyperparameters in testing; None asks the nets.
-            estimator: of the hypergradient; None is `Unrolled()`, which descends (docs/hypergradients.md).
+            estimator: of the hypergradient; None is `Unrolled()`, the exact derivative (docs/hypergradients.md).
             loss_fn: (outputs, targets) -> mean loss over the samples, what fine-tuning lowers.
             val_loss_fn: likewise, what the nets lower; None is `loss_fn`. See `expected_error`.
             metrics: more metrics by name, updated with (outputs, targets), logged as `val_<name>` and `test_<name>`.

@@ -143,7 +143,7 @@ def evaluation_loss(
         model: the model.
         state: parameters and buffers.
         beta: shape (B,).
-        batches: the data.
+        batches: (inputs, targets) of the whole set.
         bn_mode: what beta mixes with the pretrained statistics.
     """
     batches = evaluation_batches(batches, bn_mode)

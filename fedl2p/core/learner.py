@@ -35,11 +35,11 @@ class Evaluation(NamedTuple):
 
 
 class MetaUpdate(NamedTuple):
-    """One client's K meta iterations.
+    """What the meta iterations of one client give.
 
     Attributes:
         lambda_: the updated parameters of the nets, by name.
-        val_losses: L_V before each iteration's update, shape (K,).
+        val_losses: the validation loss of each iteration, before its update, shape (meta_iterations,).
         skipped: how many iterations were not finite and changed nothing.
         hyperparameters: the recipe of the last iteration.
     """
@@ -75,8 +75,8 @@ class Learner:
 
         Args:
             model: from a converted module.
-            meta_nets: fitting it.
-            estimator: None is `Unrolled()`, which descends (docs/hypergradients.md).
+            meta_nets: BNNet and LRNet, made for this model.
+            estimator: None is `Unrolled()`, the exact derivative (docs/hypergradients.md).
             settings: None is `LearnerSettings()`.
             compile: whether inner steps of single clients are compiled, see `CompiledSteps`.
         """

@@ -16,7 +16,7 @@ from fedl2p.federation.messages import DESCRIBE, IDENTIFY, instruction
 from fedl2p.federation.replies import Refusal, answers, read_description, read_identity
 
 MAX_STATISTICS_RATIO = 50.0  # how much larger than the median client's a client's statistics can honestly be
-_FEWEST = 3  # clients of whom a median says something
+MIN_CLIENTS = 3  # clients of whom a median says something
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +122,7 @@ def find_participants(
 
 def _odd_statistics(participant: Participant, everybody: Sequence[Participant]) -> str:
     """Why a client's statistics cannot be honest: they would push everybody else's standardized inputs to one point."""
-    if len(everybody) < _FEWEST:
+    if len(everybody) < MIN_CLIENTS:
         return ""
     for size in (_moments_size, _divergence_size):
         typical = max(1.0, float(torch.tensor([size(p) for p in everybody]).median()))
