@@ -13,7 +13,7 @@ from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
 from torchmetrics import MeanAbsoluteError
 
 from fedl2p import ClientStatistics, FedL2PClient, collect_statistics, convert_batchnorm, make_episode, stack
-from fedl2p.errors import ConfigError, DataError
+from fedl2p.errors import ConfigError, DataError, ModelError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),
@@ -117,6 +117,12 @@ def test_given_statistics_stay_with_other_data(tmp_path: Path) -> None:
 
 def _statistics(client: FedL2PClient) -> ClientStatistics:
     return collect_statistics(client.model, Data().train_dataloader())
+
+
+def test_statistics_of_a_wider_model_are_refused(tmp_path: Path) -> None:
+    client = FedL2PClient(Net(width=7), num_classes=3, statistics=_statistics(make_client()))
+    with pytest.raises(ModelError, match="another model"):
+        measured(client, tmp_path, Data())
 
 
 class Two(Data):
