@@ -144,15 +144,6 @@ def load_tensors(path: str | os.PathLike[str]) -> "dict[str, Tensor]":
     return read_tensors(path)[0]
 
 
-def load_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The metadata of a safetensors file.
-
-    Raises:
-        RunFolderError: the file is damaged.
-    """
-    return read_tensors(path)[1]
-
-
 def read_tensors(path: str | os.PathLike[str]) -> "tuple[dict[str, Tensor], dict[str, str]]":
     """The tensors of a safetensors file, on the CPU, and its metadata.
 

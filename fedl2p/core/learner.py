@@ -43,11 +43,11 @@ class Evaluation(NamedTuple):
 
 
 class MetaUpdate(NamedTuple):
-    """One client's K meta iterations.
+    """What the meta iterations of one client give.
 
     Attributes:
         lambda_: the updated parameters of the nets, by name.
-        val_losses: L_V before each iteration's update, shape (K,).
+        val_losses: the validation loss of each iteration, before its update, shape (meta_iterations,).
         skipped: how many iterations were not finite and changed nothing.
         hyperparameters: the recipe of the last iteration.
     """
@@ -83,8 +83,8 @@ class Learner:
 
         Args:
             model: from a converted module.
-            meta_nets: fitting it.
-            estimator: None is `Unrolled()`, which descends (docs/hypergradients.md).
+            meta_nets: BNNet and LRNet, made for this model.
+            estimator: None is `Unrolled()`, the exact derivative (docs/hypergradients.md).
             settings: None is `LearnerSettings()`.
             compile: whether inner steps of single clients are compiled, see `CompiledSteps`.
         """
@@ -125,7 +125,12 @@ class Learner:
         return answer
 
     def meta_step(self, lambda_: Tensors, episode: Episode) -> MetaStep:
-        """One meta iteration of one client, or of a cohort with a lambda for each of its clients, all stacked."""
+        """One meta iteration of one client, or of a cohort with a lambda for each of its clients, all stacked.
+
+        Raises:
+            DataError: there are no validation data.
+        """
+        _require([episode], "val")
         active = active_in_episode(self.model, self.meta_nets, lambda_, episode)
 
         def step(differentiation: Differentiation, lambda_: Tensors, episode: Episode) -> MetaStep:
@@ -214,8 +219,7 @@ class Learner:
         Raises:
             DataError: a client has no validation data.
         """
-        if any(not episode.val_batches for episode in episodes):
-            raise DataError("A client has no val data to refine its recipe on.")
+        _require(episodes, "val")
         results: dict[int, Refined] = {}
         for positions in groups(episodes, max_cohort):
             recipe = stack([recipes[i] for i in positions])
@@ -270,8 +274,7 @@ class Learner:
             DataError: a client has no data for a part.
         """
         for part in parts:
-            if any(not getattr(episode, f"{part}_batches") for episode in episodes):
-                raise DataError(f"A client has no {part} data to be measured on.")
+            _require(episodes, part)
         results: dict[int, dict[str, Evaluation]] = {}
         for positions in groups(episodes, max_cohort):
             recipe = stack([recipes[i] for i in positions])
@@ -321,6 +324,11 @@ class Learner:
             return torch.vmap(partial(function, FUNC_TRANSFORMS), randomness="different")(*args)
         one = function(self.single, *(take(arg, 0) for arg in args))
         return pytree.tree_map(lambda leaf: leaf[None], one)
+
+
+def _require(episodes: Sequence[Episode], part: str) -> None:
+    if any(not getattr(episode, f"{part}_batches") for episode in episodes):
+        raise DataError(f"A client has no {part} data to be measured on.")
 
 
 def _targets(episode: Episode, part: str) -> Any:
