@@ -93,6 +93,7 @@ class Policy:
         stored: PolicyFile,
         *,
         mean_recipe: NamedHyperparameters | None = None,
+        settings: LearnerSettings | None = None,
         loss_fn: LossFunction = nn.functional.cross_entropy,
         val_loss_fn: LossFunction | None = None,
     ) -> None:
@@ -101,10 +102,11 @@ class Policy:
         Args:
             stored: the nets.
             mean_recipe: of the seen clients.
+            settings: how a new client fine-tunes; None is as those of the run did.
             loss_fn: what fine-tuning lowers.
             val_loss_fn: what refinement lowers; None is `loss_fn`.
         """
-        self.settings: LearnerSettings = stored.settings
+        self.settings: LearnerSettings = settings or stored.settings
         self.mean_recipe = mean_recipe
         self._stored = stored
         self._losses = loss_fn, val_loss_fn
@@ -115,6 +117,7 @@ class Policy:
         path: str | os.PathLike[str],
         *,
         names: Mapping[str, str] | None = None,
+        settings: LearnerSettings | None = None,
         loss_fn: LossFunction = nn.functional.cross_entropy,
         val_loss_fn: LossFunction | None = None,
     ) -> "Policy":
@@ -125,6 +128,7 @@ class Policy:
             names: for a model whose layers have other names than the run's: from a layer of the run's model, or a
                 module with layers in it, to its name in yours, as {"features": "backbone.features"}. The layers must
                 come in the same order.
+            settings: how a new client fine-tunes; None is as those of the run did.
             loss_fn: (outputs, targets) -> mean loss over the samples, what fine-tuning lowers.
             val_loss_fn: likewise, what refinement lowers; None is `loss_fn`.
 
@@ -144,7 +148,7 @@ class Policy:
             recipe = NamedHyperparameters(
                 *(dict(zip(stored.names[kind], part.values(), strict=True)) for part, kind in own)
             )
-        return cls(stored, mean_recipe=recipe, loss_fn=loss_fn, val_loss_fn=val_loss_fn)
+        return cls(stored, mean_recipe=recipe, settings=settings, loss_fn=loss_fn, val_loss_fn=val_loss_fn)
 
     def __call__(self, model: nn.Module, loader: Iterable[Any]) -> NamedHyperparameters:
         """The client's hyperparameters, by one pass over its training data.
