@@ -30,7 +30,7 @@ vision = torchvision.models
 
 
 class Shared(nn.Module):
-    """One batch norm in two places, one in a plain list, an instance norm that tracks, and a buffer that is not saved."""
+    """One batch norm in two places and in a plain list, an instance norm that tracks, a buffer that is not saved."""
 
     def __init__(self) -> None:
         super().__init__()
