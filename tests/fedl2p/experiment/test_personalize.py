@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,14 @@ from tiny_data import image_folder
 from tiny_data.images import write_image
 
 import fedl2p
+import fedl2p.datamodules
 from fedl2p.cli import main
 from fedl2p.experiment.build import build_model
 from fedl2p.experiment.config import from_yaml
 from fedl2p.io import read_tensors
 from fedl2p.policy import Policy
+from fedl2p.policy import policy as policy_module
+from fedl2p.policy.hyperparameters import unusual_inputs
 from fedl2p.report.hyperparameters import read_hyperparameters
 
 CONFIGS = Path(fedl2p.__file__).parents[1] / "configs"
@@ -275,7 +279,7 @@ def test_a_client_unlike_the_seen_ones_is_one_line(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("fedl2p.policy.hyperparameters.unusual_inputs.__kwdefaults__", {"bound": 1e-3})
+    monkeypatch.setattr(policy_module, "unusual_inputs", partial(unusual_inputs, bound=1e-3))
     assert personalize(digits, "--data", tiny_digits(tmp_path), "--client", "1") == 0
     assert "Warning: This client is unlike the clients" in capsys.readouterr().err
     assert report_of(tmp_path)["warnings"]
@@ -285,3 +289,29 @@ def test_the_policy_s_file_has_no_code_in_it(digits: Path) -> None:
     tensors, metadata = read_tensors(digits / "meta_nets.safetensors")
     assert all(isinstance(tensor, torch.Tensor) for tensor in tensors.values())
     assert json.loads(metadata["input_shape"]) == [1, 8, 8]
+
+
+# What docs/new_client.md shows
+
+PAGE = (CONFIGS.parent / "docs" / "new_client.md").read_text()
+
+
+def test_the_page_s_command_runs(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (command,) = [line.split() for line in PAGE.splitlines() if line.startswith("    fedl2p personalize ")]
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "digits").symlink_to(digits)
+    monkeypatch.chdir(tmp_path)
+    assert main(command[1:]) == 0
+    assert (tmp_path / "personalized" / "personalized.safetensors").is_file()
+
+
+def test_the_page_s_code_runs(digits: Path) -> None:
+    blocks = [part for part in PAGE.split("\n\n") if part.startswith("    from fedl2p") or "policy = Policy" in part]
+    code = "\n".join(line.removeprefix("    ") for line in "\n".join(blocks).splitlines())
+    model = build_model(from_yaml((digits / "config.yaml").read_text())).eval()
+    model.load_state_dict(load_file(digits / "global_model.safetensors"))
+    loader = fedl2p.datamodules.DigitsDataModule().client(0).train_dataloader()
+    names: dict[str, Any] = {"model": model, "loader": loader}
+    exec(code.replace("runs/digits", str(digits)), names)
+    assert list(names["hyperparameters"].eta) == [name for name, _ in model.named_parameters()]
+    model.load_state_dict(names["personalized"].state_dict(), strict=True)
