@@ -32,7 +32,7 @@ def read_batches(
         if not isinstance(batch, tuple | list) or len(batch) != 2:
             raise DataError(f"Batch {number} of the {what} data is no pair of inputs and targets.")
         _check_inputs(f"Batch {number} of the {what} data", batch[0], batches[0][0] if batches else None, input_shape)
-        batches += to_model([(batch[0], batch[1])], model)
+        batches += to_model([(batch[0], batch[1])], model.module)
     if not batches:
         raise DataError(f"There are no {what} data: the loader gave no batch.")
     outputs = _outputs(model, batches[0][0], what)

@@ -270,7 +270,7 @@ def _finetuned(
     losses = []
     for _ in range(epochs):
         for batch in loader:
-            batches = to_model([tuple(batch)], client.model)
+            batches = to_model([tuple(batch)], client.model.module)
             tuned = finetune(
                 client.model, state, batches, *recipe, active=active, differentiation=client.learner.single
             )
