@@ -1,5 +1,6 @@
 """Files that are whole or not there: text, JSON and tensors, each written in one step and with the same file mode."""
 
+import hashlib
 import json
 import math
 import os
@@ -133,6 +134,19 @@ def _with_metadata(archive: bytes, metadata: Mapping[str, str]) -> bytes:
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at multiples of 8 bytes
     return len(text).to_bytes(8, "little") + text + archive[8 + length :]
+
+
+def checksum(tensors: "Mapping[str, Tensor]", metadata: Mapping[str, str]) -> str:
+    """A hash of everything in a file of tensors, but of what it keeps as its `checksum`."""
+    import torch
+
+    words = sorted((key, value) for key, value in metadata.items() if key != "checksum")
+    digest = hashlib.sha256(json.dumps(words).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_tensors(path: str | os.PathLike[str]) -> "dict[str, Tensor]":
