@@ -53,11 +53,24 @@ TINY = [
 METHODS = {
     "global": ("seen", "unseen"),
     "ft_bn_c": ("seen", "unseen"),
+    "ft_bn_c_batch": ("seen", "unseen"),
     "ft_bn_g": ("seen", "unseen"),
     "ft_bn_i": ("seen", "unseen"),
+    "ft_bn_i_running": ("seen", "unseen"),
+    "auto_rgn": ("seen", "unseen"),
+    "auto_rgn_running": ("seen", "unseen"),
+    "ft_initial_beta": ("seen", "unseen"),
+    "ft_initial_beta_running": ("seen", "unseen"),
     "l2p": ("seen",),
+    "initial_nets": ("seen", "unseen"),
+    "mean_recipe": ("seen", "unseen"),
+    "mean_recipe_running": ("seen", "unseen"),
     "fedl2p": ("seen", "unseen"),
+    "fedl2p_running": ("seen", "unseen"),
     "fedl2p_shuffled": ("seen", "unseen"),
+    "fedl2p_refined": ("seen", "unseen"),
+    "fedl2p_refined_running": ("seen", "unseen"),
+    "ft_refined": ("seen", "unseen"),
 }
 
 
@@ -99,7 +112,9 @@ def test_results_have_every_method_and_pool_with_their_keys(finished: Path) -> N
     assert results["seed"] == 3
     assert results["config"]["federation"]["rounds"] == 2
     assert {"torch", "lightning", "flwr", "python"} <= set(results["versions"])
-    assert {"pretraining", "tuning", "rounds", "l2p", "evaluation", "total"} <= set(results["timings"])
+    assert {"pretraining", "tuning", "rounds", "l2p", "evaluation", "recommendation", "total"} <= set(
+        results["timings"]
+    )
     assert set(results["methods"]) == set(METHODS)
     for name, pools in METHODS.items():
         method = results["methods"][name]
