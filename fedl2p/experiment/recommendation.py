@@ -67,4 +67,4 @@ def recommendation(
 def half(episode: Episode, number: int) -> Episode:
     """A view of one half (0 or 1) of a client's validation data, in which every second sample is."""
     whole = concatenate(episode.val_batches)
-    return episode._replace(val_batches=[pytree.tree_map(lambda tensor: tensor[number::2], whole)])
+    return episode._replace(val_batches=[pytree.tree_map(lambda tensor: tensor[number::2].contiguous(), whole)])
