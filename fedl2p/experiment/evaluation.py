@@ -1,5 +1,6 @@
 """The last stage: every method on the test data of the pools that it is for."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,7 @@ from fedl2p.experiment.methods import FINE_TUNING, TunedRate, derangement, tuned
 from fedl2p.experiment.recipes import Recipe, fixed_recipe, hand_made, mean_recipe
 from fedl2p.experiment.results import MethodResult, client_table, mean_of
 from fedl2p.experiment.schema import Config
-from fedl2p.experiment.stages import LocalPolicies
+from fedl2p.experiment.stages import LocalPolicies, weighted_loss
 from fedl2p.federation.runtime import ClientRuntime
 from fedl2p.federation.state import MetaState
 from fedl2p.pools import MEASURED_POOLS as POOLS
@@ -181,7 +182,7 @@ def _refined(testing: Testing, rates: dict[str, TunedRate], best: Tensors) -> No
         recipe, settings = refined_recipe(testing, lambda i: mean, config.refinement)
         testing.add_both("fedl2p_refined", "Mean recipe, refined", recipe, settings=settings)
     if config.refinement.steps and config.baselines.refined:
-        name = fine_tuning_like(context, rates)
+        name = fine_tuning_like(context, testing.runtime, rates)
         method = FINE_TUNING[name]
         recipe = hand_made(testing.runtime, method)(rates[name].rate)
         recipe, settings = refined_recipe(testing, recipe, config.refinement)
@@ -192,11 +193,18 @@ def _refined(testing: Testing, rates: dict[str, TunedRate], best: Tensors) -> No
         testing.add("oracle", "Bound: mean recipe, refined on test data", recipe, settings=settings)
 
 
-def fine_tuning_like(context: RunContext, rates: Mapping[str, TunedRate]) -> str:
+def fine_tuning_like(context: RunContext, runtime: ClientRuntime, rates: Mapping[str, TunedRate]) -> str:
     """The fine-tuning with the lowest validation loss of those that are tested with FedL2P's batch-norm statistics."""
-    own = context.config.client.evaluation_statistics
-    names = [name for name, method in FINE_TUNING.items() if method.bn_mode == own]
-    return min(names, key=lambda name: rates[name].val_loss)
+    seen = context.data.pool("seen")
+
+    def loss_of(name: str) -> float:
+        if not math.isnan(rates[name].val_loss):
+            return rates[name].val_loss
+        recipe = hand_made(runtime, FINE_TUNING[name])(rates[name].rate)  # a given rate, for which none was measured
+        return weighted_loss(runtime, runtime.evaluate([recipe(i) for i in seen], seen), seen)
+
+    own = runtime.settings.evaluation_statistics
+    return min((name for name, method in FINE_TUNING.items() if method.bn_mode == own), key=loss_of)
 
 
 def refined_recipe(

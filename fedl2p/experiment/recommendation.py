@@ -45,7 +45,7 @@ def recommendation(
     seen, settings = context.data.pool("seen"), context.config.refinement
     if not settings.steps or min(context.data.client_sizes(i)[1] for i in seen) < FEWEST:
         return None
-    mean, tuned = shared_recipe(context, runtime, state.best_lambda), fine_tuning_like(context, rates)
+    mean, tuned = shared_recipe(context, runtime, state.best_lambda), fine_tuning_like(context, runtime, rates)
     fixed = hand_made(runtime, FINE_TUNING[tuned])(rates[tuned].rate)
     candidates: dict[str, list[Hyperparameters]] = {
         tuned: [fixed(i) for i in seen],

@@ -406,7 +406,7 @@ def test_the_steps_of_an_estimate_are_those_of_the_run(mine: str, tmp_path: Path
     assert stages["tuning"].steps == 4 * 2 * seen
     assert stages["rounds"].steps == (5 * 2 + 6) * seen
     assert stages["l2p"].steps == 5 * 2 * seen
-    assert stages["evaluation"].steps == (10 + 14 - 2 + 1) * (seen + unseen)
+    assert stages["evaluation"].steps == (5 + 2 * 7 + 5) * (seen + unseen)
     assert stages["refinement"].steps == 2 * 4 * (seen + unseen)
     assert stages["recommendation"].steps == 2 * (4 + 4) * seen
     assert all(stage.seconds > 0 for stage in estimate.stages[1:])
