@@ -96,7 +96,7 @@ class Testing:
         self.add(key, label, recipe, bn_mode=bn_mode, **options)
         other = BatchNormMode.batch if bn_mode == BatchNormMode.running else BatchNormMode.running
         if self.runtime.model.batchnorm_names:
-            self.add(f"{key}_{other}", f"{label}, {other} statistics", recipe, bn_mode=other, **options)
+            self.add(f"{key}_{other}", f"{label}, {other}", recipe, bn_mode=other, **options)
         else:
             self.bar.advance()
 

@@ -1,8 +1,12 @@
-"""What a run recommends for new clients: what has the lowest loss on held-out validation data of the seen clients.
+"""What a run recommends for new clients: what has the lowest loss on validation data of the seen clients.
 
 A refined recipe has looked at the client's validation data, so its loss there says nothing. Each seen client's
-validation data are halved instead: refined on one half, measured on the other, and the other way round. Half the data
-refine worse than all, so the choice is a little against refinement. Test data are not looked at.
+validation data are halved instead: refined on one half, measured on the other, and the other way round. Test data are
+not looked at.
+
+The choice is not fair to all: the nets have learned from these very samples, so FedL2P looks better here than on
+clients that it does not know, and the mean recipe does to a lesser degree; and half the data refine worse than all.
+Only seen clients that were kept out of the rounds could judge without that.
 """
 
 from collections.abc import Mapping
