@@ -81,9 +81,8 @@ def run(*sources: Source, resume: bool = False, quiet: bool = False) -> dict[str
         console.print(methods_table(results))
         if outcome.recommended:
             name = results["methods"][outcome.recommended["method"]]["label"]
-            console.print(
-                f"Lowest validation loss on the seen clients (refined: on the half left out): {name}", highlight=False
-            )
+            line = f"Lowest validation loss on the seen clients (refined: on the half left out): {name}"
+            console.print(line, soft_wrap=True, highlight=False)
         console.print(f"{context.folder.path}", soft_wrap=True, highlight=False)
     return results
 
