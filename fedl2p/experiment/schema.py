@@ -214,8 +214,8 @@ class Config:
         hypergradient: see `HypergradientConfig`.
         meta_nets: see `MetaNetsConfig`.
         federation: see `FederationConfig`.
-        refinement: see `RefinementSettings`; with 0 steps nothing is refined.
         baselines: see `BaselinesConfig`.
+        refinement: see `RefinementSettings`; with 0 steps nothing is refined.
         trainer: arguments of lightning.Trainer, as accelerator, devices and precision.
         wandb: see `WandbConfig`.
     """
@@ -230,7 +230,7 @@ class Config:
     hypergradient: HypergradientConfig = field(default_factory=HypergradientConfig)
     meta_nets: MetaNetsConfig = field(default_factory=MetaNetsConfig)
     federation: FederationConfig = field(default_factory=FederationConfig)
-    refinement: RefinementSettings = field(default_factory=RefinementSettings)
     baselines: BaselinesConfig = field(default_factory=BaselinesConfig)
+    refinement: RefinementSettings = field(default_factory=RefinementSettings)
     trainer: dict[str, Any] = field(default_factory=dict)
     wandb: WandbConfig = field(default_factory=WandbConfig)
