@@ -153,7 +153,7 @@ class Benchmark:
                 *(quickly if quick else []),
             ]
         )
-        self.rounds = 6 if quick else 20
+        self.rounds = 4 if quick else 20
         self.data = build_data(config)
         pool, self.seen = self.data.pool("pretrain"), self.data.pool("seen")
         model = build_model(config)
@@ -168,7 +168,7 @@ class Benchmark:
         self.runtime.meta_nets.load_state_dict(self.nets)
         names = {client_id: self.data.clients[client_id].name for client_id in self.seen}
         grid = LyingGrid(self.runtime, self.seen, liars, lies)
-        common = RoundSettings(rounds=self.rounds, client_fraction=0.5, meta_lr_decay="cosine", seed=SEED)
+        common = RoundSettings(rounds=self.rounds, client_fraction=1.0, meta_lr_decay="cosine", seed=SEED)
         federation = set_up(grid, self.runtime.meta_nets, names, replace(common, **settings))
         state = run_rounds(grid, federation, new_state(federation))
         recipes = [self.runtime.recipe(state.best_lambda, client_id) for client_id in self.seen]

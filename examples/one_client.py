@@ -12,7 +12,7 @@ from pathlib import Path
 
 import lightning as L
 
-from fedl2p.client import FedL2PClient
+from fedl2p import FedL2PClient
 from fedl2p.datamodules import DigitsDataModule
 from fedl2p.models import SmallConvNet, load_weights
 

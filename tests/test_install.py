@@ -173,10 +173,10 @@ def test_a_project_with_datamodules_and_callbacks_of_its_own_works_beside_ours(p
 
 
 def test_type_checkers_take_the_installed_package_s_types(python: Path, tmp_path: Path) -> None:
-    code = "from fedl2p.datamodules import ClientData\nreveal_type(ClientData.name)\n"
+    code = "from fedl2p.seeding import derive_seed\nreveal_type(derive_seed)\n"  # a module that imports little
     (tmp_path / "use.py").write_text(code)
     mypy = [sys.executable, "-m", "mypy", "--python-executable", python, "--follow-imports=silent", "use.py"]
-    assert 'Revealed type is "builtins.str"' in run(*mypy, cwd=tmp_path).stdout
+    assert "-> int" in run(*mypy, cwd=tmp_path).stdout.replace("builtins.", "")
 
 
 def test_an_editable_installation_finds_all_three_folders(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What README tells a reader to write and to run, written and run."""
+"""What README and the documents tell a reader to write and to run, written and run."""
 
 import os
 import shlex
@@ -13,10 +13,10 @@ import fedl2p
 ROOT = Path(fedl2p.__file__).parents[1]
 
 
-def blocks() -> list[str]:
-    """The indented blocks of README, without their indentation."""
+def blocks(page: str) -> list[str]:
+    """The indented blocks of a page, without their indentation."""
     found: list[list[str]] = [[]]
-    for line in [*(ROOT / "README.md").read_text().splitlines(), "end"]:
+    for line in [*(ROOT / page).read_text().splitlines(), "end"]:
         if line.startswith("    "):
             found[-1].append(line[4:])
         elif not line and found[-1]:
@@ -26,8 +26,19 @@ def blocks() -> list[str]:
     return ["\n".join(lines).strip() + "\n" for lines in found if lines]
 
 
-COMMANDS = [line for block in blocks() for line in block.splitlines() if line.startswith("fedl2p ")]
-PYTHON = [block for block in blocks() if block.startswith(("import ", "from "))]
+def python_of(page: str) -> list[str]:
+    """The blocks of a page that are programs."""
+    return [block for block in blocks(page) if block.startswith(("import ", "from "))]
+
+
+COMMANDS = [line for block in blocks("README.md") for line in block.splitlines() if line.startswith("fedl2p ")]
+PYTHON = python_of("README.md")
+PROGRAMS = {
+    f"{page.name} {number}": code
+    for page in sorted((ROOT / "docs").glob("*.md"))
+    for number, code in enumerate(python_of(f"docs/{page.name}"))
+    if "..." not in code
+}
 
 
 def run(folder: Path, *arguments: str) -> None:
@@ -61,3 +72,11 @@ def test_each_command_runs(command: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("code", PYTHON, ids=["own data", "one client"])
 def test_each_piece_of_code_runs(code: str, tmp_path: Path) -> None:
     run(tmp_path, "-c", code)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_each_program_of_the_documents_runs(name: str, tmp_path: Path) -> None:
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "program.py").write_text(PROGRAMS[name])
+    run(tmp_path, "program.py")

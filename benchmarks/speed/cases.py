@@ -11,8 +11,9 @@ from torch.utils.data import TensorDataset
 from fedl2p.core.batchnorm import convert_batchnorm
 from fedl2p.core.differentiation import Autograd
 from fedl2p.core.functional import Batch, FunctionalModel, InnerState
-from fedl2p.core.hypergradients import HypergradientEstimator, Unrolled
+from fedl2p.core.hypergradients import HypergradientEstimator
 from fedl2p.core.meta_nets import MetaNets
+from fedl2p.core.settings import LearnerSettings
 from fedl2p.core.statistics import collect_statistics
 from fedl2p.datamodules.base.federated import ClientData, FederatedDataModule
 from fedl2p.federation.runtime import ClientRuntime
@@ -81,6 +82,6 @@ def small_runtime(
     data = Small(clients)
     data.setup()
     model = convert_batchnorm(SmallConvNet(widths=[8, 16, 32], momentum=0.5))
-    settings: dict[str, Any] = {"meta_iterations": 1, "finetune_epochs": 5, "evaluation_statistics": "batch"}
+    settings = LearnerSettings.of(meta_iterations=1, finetune_epochs=5, evaluation_statistics="batch")
     nets = MetaNets(model, base_lr=0.1)
-    return data, ClientRuntime(data, model, nets, estimator=estimator or Unrolled(), **(settings | options))
+    return data, ClientRuntime(data, model, nets, estimator=estimator, settings=settings, **options)

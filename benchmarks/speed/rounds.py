@@ -38,8 +38,7 @@ def measure(quick: bool) -> list[Row]:
     _, one = small_runtime(20, cohort_size=None)
     ids = list(range(20))
     lambdas = [one.lambda_()] * 20
-    alone = small_runtime(20)[1]
-    alone.runner.cohort_size = 1
+    alone = small_runtime(20, cohort_size=1)[1]
     stacked = in_turns(
         "meta update, demo net, cohort of 20",
         lambda: one.meta_update(lambdas, ids, 1),
@@ -49,13 +48,13 @@ def measure(quick: bool) -> list[Row]:
         target=1 / 1.8,
     )
     rows.append(stacked)
-    trainer = small_runtime(20, cohort_size=1)[1]
+    trainer = small_runtime(20, trainer={})[1]
     rows.append(
         in_turns(
             "meta update, demo net, cohort of 20",
             lambda: one.meta_update(lambdas, ids, 1),
             lambda: trainer.meta_update(lambdas, ids, 1),
-            against="cohort_size: 1, a Trainer each",
+            against="a Trainer each",
             repeats=repeats,
             target=0.6,
         )

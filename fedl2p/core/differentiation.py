@@ -18,7 +18,7 @@ from torch.func import grad, grad_and_value, jvp, vjp
 from torch.utils import _pytree as pytree
 
 from fedl2p.core.convolution import TwiceDifferentiableConvolutions
-from fedl2p.core.functional import Batch, FunctionalModel, InnerState, Tensors, split_running
+from fedl2p.core.functional import Batch, FunctionalModel, InnerState, Tensors, ordinary, split_running
 
 Objective = Callable[..., tuple[Tensor, Tensors]]
 """(parameters by name, ...) -> a loss (0-d), and other tensors by name."""
@@ -118,7 +118,7 @@ class Differentiation(ABC):
         state, batch, beta = self.prepare((state, batch, beta))
         frozen = {name: p for name, p in state.parameters.items() if name not in rates}
         trained = {name: state.parameters[name] for name in rates}
-        scale = _gradient_scale(beta.device.type)
+        scale = gradient_scale(beta.device.type)
 
         def loss(trained: Tensors) -> tuple[Tensor, Tensors]:
             parameters = {**frozen, **trained}
@@ -142,7 +142,7 @@ class Differentiation(ABC):
         return InnerState({name: moved.get(name, p) for name, p in state.parameters.items()}, buffers), value
 
 
-def _gradient_scale(device_type: str) -> float:
+def gradient_scale(device_type: str) -> float:
     """What the training loss is multiplied by while it is differentiated: small gradients vanish in half precision."""
     half = torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) == torch.float16
     return HALF_SCALE if half else 1.0
@@ -248,12 +248,7 @@ class Autograd(Differentiation):
 
     def prepare(self, tensors: Any) -> Any:
         """Copies of tensors that were made in inference mode, on which autograd cannot look back; the others stay."""
-        leaves, structure = pytree.tree_flatten(tensors)
-        if not any(isinstance(leaf, Tensor) and leaf.is_inference() for leaf in leaves):
-            return tensors
-        with torch.inference_mode(False):
-            copies = [leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf for leaf in leaves]
-        return pytree.tree_unflatten(copies, structure)
+        return ordinary(tensors)
 
     def gradient(self, objective: Objective, parameters: Tensors) -> tuple[Tensors, Tensor, Tensors]:
         """See `Differentiation`."""

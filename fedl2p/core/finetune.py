@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fedl2p.core.differentiation import FUNC_TRANSFORMS, Differentiation
@@ -187,9 +187,9 @@ def evaluate(
     return outputs, model.loss_fn(outputs, targets), model.val_loss_fn(outputs, targets)
 
 
-def to_model(batches: Sequence[Batch], model: FunctionalModel) -> list[Batch]:
-    """The batches on the model's device, with its floating-point type."""
-    reference = next(model.module.parameters(), torch.zeros(()))
+def to_model(batches: Sequence[Batch], module: nn.Module) -> list[Batch]:
+    """The batches on the device of a module, with its floating-point type."""
+    reference = next(module.parameters(), torch.zeros(()))
 
     def place(tensor: Tensor) -> Tensor:
         return tensor.to(reference) if tensor.is_floating_point() else tensor.to(reference.device)

@@ -61,6 +61,16 @@ def split_running(buffers: Tensors) -> tuple[Tensors, Tensors]:
     return running, {name: b for name, b in buffers.items() if name not in running}
 
 
+def ordinary(tensors: Any) -> Any:
+    """A structure of tensors with copies of those that were made in inference mode, which nothing can be derived by."""
+    leaves, structure = pytree.tree_flatten(tensors)
+    if not any(isinstance(leaf, Tensor) and leaf.is_inference() for leaf in leaves):
+        return tensors
+    with torch.inference_mode(False):
+        copies = [leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf for leaf in leaves]
+    return pytree.tree_unflatten(copies, structure)
+
+
 @contextmanager
 def _uncached_autocast() -> Iterator[None]:
     """Keeps autocast from remembering casts of parameters: each step has new ones, and those under a transform end."""

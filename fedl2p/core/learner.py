@@ -4,6 +4,7 @@ A Lightning module, a federation and a test all use this one; what it computes a
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from fedl2p.core.cohort import automatic_cohort_size, groups, stack, take
 from fedl2p.core.differentiation import FUNC_TRANSFORMS, Autograd, CompiledSteps, Differentiation
 from fedl2p.core.episode import Episode
 from fedl2p.core.finetune import active_parameters, evaluate
-from fedl2p.core.functional import Batch, FunctionalModel, InnerState, Inputs, Tensors, concatenate
+from fedl2p.core.functional import Batch, FunctionalModel, InnerState, Inputs, Tensors, concatenate, ordinary
 from fedl2p.core.hypergradients import HypergradientEstimator, Unrolled
 from fedl2p.core.meta_nets import Hyperparameters, MetaNets
 from fedl2p.core.meta_step import MetaStep, active_in_episode, meta_optimizer, meta_step, personalize
@@ -176,9 +177,13 @@ class Learner:
     def personalize(self, episode: Episode, hyperparameters: Hyperparameters) -> InnerState:
         """Fine-tunes one client with its recipe."""
         active = active_parameters(self.model, hyperparameters.eta)
-        return personalize(
-            self.model, self.origin, episode, hyperparameters, active=active, differentiation=self.single
-        ).final
+
+        def tuned(differentiation: Differentiation, episode: Episode, recipe: Hyperparameters) -> InnerState:
+            return personalize(
+                self.model, self.origin, episode, recipe, active=active, differentiation=differentiation
+            ).final
+
+        return InnerState(*self._over_clients(tuned, None, episode, hyperparameters))
 
     def refine(
         self,
@@ -302,12 +307,15 @@ class Learner:
 
         Without `clients` the arguments are of one client, not stacked. A cohort of one goes without `torch.vmap`.
         """
-        if clients is None:
-            return function(self.single, *args)
-        if clients > 1:
-            return torch.vmap(partial(function, FUNC_TRANSFORMS), randomness="different")(*args)
-        one = function(self.single, *(take(arg, 0) for arg in args))
-        return pytree.tree_map(lambda leaf: leaf[None], one)
+        # A Trainer tests in inference mode, where `torch.func` of some versions silently finds no gradients.
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+            args = ordinary(args)
+            if clients is None:
+                return function(self.single, *args)
+            if clients > 1:
+                return torch.vmap(partial(function, FUNC_TRANSFORMS), randomness="different")(*args)
+            one = function(self.single, *(take(arg, 0) for arg in args))
+            return pytree.tree_map(lambda leaf: leaf[None], one)
 
 
 def _targets(episode: Episode, part: str) -> Any:

@@ -269,15 +269,15 @@ def trainer_notice(config: Config) -> str | None:
 
 def build_training(config: Config, data: FederatedDataModule, model: nn.Module) -> LocalTraining:
     """The clients' side of FedAvg."""
-    settings, device = config.pretraining, build_fabric(config).device
-    data.to(device)
+    settings, fabric = config.pretraining, build_fabric(config)
+    data.to(fabric.device)
     return LocalTraining(
         data,
         model,
         epochs=settings.epochs,
         lr=settings.lr,
         momentum=settings.momentum,
-        device=device,
+        fabric=fabric,
         seed=config.seed,
     )
 

@@ -17,7 +17,7 @@ TRIMMED_SHARE = 0.35  # of the numbers at either end, left out of a trimmed mean
 # An update may be so many times as long as the median one. Honest clients differ a lot: on the digits the longest one
 # of a round was up to 47 times as long, late in the rounds, when most clients hardly move.
 CLIP_RATIO = 100.0
-_FEWEST = 3  # updates that a median of norms says something about
+MIN_UPDATES = 3  # updates that a median of norms says something about
 
 
 class WeightedMean:
@@ -108,7 +108,7 @@ def clip_updates(
     norms = [float(sum(t.square().sum() for t in _difference(lambda_, start).values())) ** 0.5 for lambda_ in lambdas]
     if max_norm == "auto":
         moved = [norm for norm in norms if norm > 0]
-        max_norm = CLIP_RATIO * float(torch.tensor(moved).median()) if len(moved) >= _FEWEST else None
+        max_norm = CLIP_RATIO * float(torch.tensor(moved).median()) if len(moved) >= MIN_UPDATES else None
     if max_norm is None:
         return list(lambdas), []
     clipped = [position for position, norm in enumerate(norms) if norm > max_norm]

@@ -10,6 +10,7 @@ from fedl2p.core.functional import Tensors
 from fedl2p.federation.messages import (
     ARRAYS,
     CONFIG,
+    MAX_LOSS,
     META_EVALUATE,
     META_LOSS,
     META_TRAIN,
@@ -95,7 +96,7 @@ def _train(runtime: ClientRuntime, messages: Sequence[Message], contexts: Sequen
         losses = [float(loss) for loss in update.val_losses if math.isfinite(float(loss))]
         metrics = {
             NUM_SAMPLES: runtime.statistics(client_id).num_samples,
-            META_LOSS: sum(losses) / len(losses) if losses else math.nan,
+            META_LOSS: bounded_loss(sum(losses) / len(losses) if losses else math.nan),
             SKIPPED_STEPS: update.skipped,
         }
         replies.append(reply(message, arrays=update.lambda_, metrics=metrics))
@@ -113,10 +114,18 @@ def _evaluate(runtime: ClientRuntime, messages: Sequence[Message], contexts: Seq
     return [
         reply(
             message,
-            metrics={NUM_SAMPLES: runtime.statistics(client_id).num_samples, VAL_LOSS: parts["val"].val_loss},
+            metrics={
+                NUM_SAMPLES: runtime.statistics(client_id).num_samples,
+                VAL_LOSS: bounded_loss(parts["val"].val_loss),
+            },
         )
         for message, client_id, parts in zip(messages, client_ids, measured, strict=True)
     ]
+
+
+def bounded_loss(loss: float) -> float:
+    """What an honest client says of a loss: where it diverges, `MAX_LOSS`, since anything beyond is taken for a lie."""
+    return loss if loss <= MAX_LOSS else MAX_LOSS  # NaN too
 
 
 def _prepared(runtime: ClientRuntime, messages: Sequence[Message]) -> Tensors:

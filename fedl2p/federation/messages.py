@@ -26,6 +26,8 @@ META_LOSS = "meta-loss"
 SKIPPED_STEPS = "skipped-steps"
 VAL_LOSS = "val-loss"
 
+MAX_LOSS = 1e6  # the largest loss that is sent
+
 
 def to_arrays(tensors: Tensors) -> ArrayRecord:
     """Tensors by name as an ArrayRecord, in order."""

@@ -16,7 +16,7 @@ from fedl2p.federation.messages import DESCRIBE, IDENTIFY, instruction
 from fedl2p.federation.replies import Refusal, answers, read_description, read_identity
 
 MAX_STATISTICS_RATIO = 50.0  # how much larger than the median client's a client's statistics can honestly be
-_FEWEST = 3  # clients of whom a median says something
+MIN_CLIENTS = 3  # clients of whom a median says something
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +108,7 @@ def find_participants(
                     layer_moments=answer.layer_moments,
                 )
             )
-    failures |= {p.name: reason for p in found if (reason := _odd_statistics(p, found))}
+    failures |= _odd_statistics(found)
     participants = tuple(p for p in found if p.name not in failures)
     needed = max(1, math.ceil(min_reply_fraction * len(names)))
     if len(participants) < needed:
@@ -120,16 +120,19 @@ def find_participants(
     return participants, failures
 
 
-def _odd_statistics(participant: Participant, everybody: Sequence[Participant]) -> str:
-    """Why a client's statistics cannot be honest: they would push everybody else's standardized inputs to one point."""
-    if len(everybody) < _FEWEST:
-        return ""
-    for size in (_moments_size, _divergence_size):
-        typical = max(1.0, float(torch.tensor([size(p) for p in everybody]).median()))
-        ratio = size(participant) / typical
-        if ratio > MAX_STATISTICS_RATIO:
-            return f"its statistics are {ratio:.3g} times as large as the median client's"
-    return ""
+def _odd_statistics(participants: Sequence[Participant]) -> dict[str, str]:
+    """By name, whose statistics cannot be honest: they would push everybody else's standardized inputs to one point."""
+    odd: dict[str, str] = {}
+    if len(participants) < MIN_CLIENTS:
+        return odd
+    for size in (_divergence_size, _moments_size):
+        sizes = [size(participant) for participant in participants]
+        typical = max(1.0, float(torch.tensor(sizes).median()))
+        for participant, own in zip(participants, sizes, strict=True):
+            if own / typical > MAX_STATISTICS_RATIO:
+                reason = f"its statistics are {own / typical:.3g} times as large as the median client's"
+                odd[participant.name] = reason
+    return odd
 
 
 def _moments_size(participant: Participant) -> float:

@@ -18,6 +18,7 @@ from fedl2p.core.functional import Tensors
 from fedl2p.errors import FederationError
 from fedl2p.federation.messages import (
     ARRAYS,
+    MAX_LOSS,
     META_LOSS,
     METRICS,
     NUM_SAMPLES,
@@ -29,7 +30,6 @@ from fedl2p.federation.messages import (
 
 MAX_SAMPLES = 10**9  # that one client can hold
 MAX_STEPS = 10**6  # that one client can skip in a round
-MAX_LOSS = 1e6  # a mean loss of a sample beyond this is a lie or a divergence
 _NUMPY = "numpy.ndarray"  # Flower's name of the one way in which it serializes arrays
 _LONGEST_REASON = 300
 
@@ -49,7 +49,7 @@ class Update:
 
     Attributes:
         lambda_: after its K meta iterations.
-        meta_loss: its mean validation loss meanwhile; out of range where it lies or diverges.
+        meta_loss: its mean validation loss meanwhile, which may be out of range.
         skipped_steps: of the K, those that were not finite and changed nothing.
     """
 
@@ -139,7 +139,7 @@ def read_update(content: RecordDict, template: Tensors) -> Update:
 
 
 def read_loss(content: RecordDict) -> float:
-    """A client's validation loss; out of range where it lies or diverges."""
+    """A client's validation loss, which may be out of range."""
     metrics = _metrics(content, [NUM_SAMPLES, VAL_LOSS])
     _whole(metrics, NUM_SAMPLES, 1, MAX_SAMPLES)
     return _real(metrics, VAL_LOSS)
@@ -152,7 +152,7 @@ def read_model(content: RecordDict, template: Tensors) -> tuple[int, Tensors]:
 
 
 def loss_in_range(loss: float) -> bool:
-    """Whether a validation loss can be honest and of use: an honest client's may be neither where it diverges."""
+    """Whether a validation loss can be honest; a client that diverges sends `MAX_LOSS`."""
     return 0 <= loss <= MAX_LOSS
 
 
@@ -211,7 +211,7 @@ def _tensor(array: Array, name: str, reference: Tensor) -> Tensor:
     try:
         if np.lib.format.read_magic(stream) != (1, 0):
             raise ValueError
-        shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+        shape, by_columns, dtype = np.lib.format.read_array_header_1_0(stream)
     except Exception:
         raise FederationError(f"tensor '{name}' is no array in NumPy's format") from None
     if (dtype, array.dtype) != (expected, str(expected)):
@@ -220,5 +220,8 @@ def _tensor(array: Array, name: str, reference: Tensor) -> Tensor:
         raise FederationError(f"tensor '{name}' has the shape {str(shape)[:40]}; expected is {expected_shape}")
     if len(array.data) - stream.tell() != math.prod(shape) * dtype.itemsize:
         raise FederationError(f"tensor '{name}' has more or less data than its shape {shape} takes")
+    values = np.frombuffer(bytearray(array.data), dtype, offset=stream.tell()).reshape(
+        shape, order="F" if by_columns else "C"
+    )
     # from_numpy keeps 0-d shapes; the clone owns its memory, aligned as torch aligns it, so that runs repeat.
-    return torch.from_numpy(array.numpy()).clone()
+    return torch.from_numpy(values).clone()

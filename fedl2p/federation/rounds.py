@@ -24,9 +24,9 @@ from fedl2p.core.functional import Tensors
 from fedl2p.core.meta_nets import MetaNets
 from fedl2p.errors import FederationError
 from fedl2p.federation.aggregation import bound_weights, clip_updates, combine, middle
-from fedl2p.federation.messages import META_EVALUATE, META_TRAIN, instruction, to_arrays
+from fedl2p.federation.messages import MAX_LOSS, META_EVALUATE, META_TRAIN, instruction, to_arrays
 from fedl2p.federation.participants import Participant, find_participants, standardize_inputs
-from fedl2p.federation.replies import MAX_LOSS, Refusal, answers, loss_in_range, read_loss, read_update
+from fedl2p.federation.replies import Refusal, answers, loss_in_range, read_loss, read_update
 from fedl2p.federation.settings import RoundSettings
 from fedl2p.federation.state import MetaState, RoundCallback, RoundRecord
 from fedl2p.seeding import derive_seed
@@ -98,11 +98,13 @@ class Validation:
     """What a lambda is worth.
 
     Attributes:
-        loss: the cohort's mean validation loss, weighted by N_i; infinite where it diverges for too many clients.
+        loss: the cohort's mean validation loss, weighted by N_i; infinite where too few clients say one.
+        typical: the median client's, which a few clients who diverge or lie do not move.
         failures: by name, why a client was left out.
     """
 
     loss: float
+    typical: float
     failures: dict[str, str]
 
 
@@ -208,7 +210,7 @@ def run_round(grid: Grid, federation: Federation, state: MetaState) -> tuple[Ten
         return lambda_, replace(record, seconds=time.monotonic() - started)
     training = train(grid, federation, lambda_, number)
     validation = validate(grid, federation, training.lambda_, number)
-    ruined = is_ruined(validation.loss, state.best_loss, federation.settings.max_loss_ratio)
+    ruined = is_ruined(validation.typical, state.best_loss, federation.settings.max_loss_ratio)
     record = RoundRecord(
         round=number,
         val_loss=validation.loss,
@@ -224,7 +226,7 @@ def run_round(grid: Grid, federation: Federation, state: MetaState) -> tuple[Ten
 
 
 def is_ruined(loss: float, best: float, max_ratio: float | None) -> bool:
-    """Whether a round's validation loss is not finite, or far above the best one; never before there is a best one."""
+    """Whether the typical client's loss is not finite, or far above the best one; never before there is a best one."""
     if max_ratio is None or not math.isfinite(best):
         return False
     return not math.isfinite(loss) or loss > max_ratio * best
@@ -295,9 +297,11 @@ def combine_losses(federation: Federation, number: int, replies: Iterable[Messag
     votes, out_of_range = _in_range(answered, lambda loss: loss)
     failures |= out_of_range
     if len(votes) < federation.needed(asked):
-        return Validation(loss=math.inf, failures=failures)
+        return Validation(loss=math.inf, typical=math.inf, failures=failures)
+    losses = [loss for _, loss in votes]
     weights = bound_weights([participant.num_samples for participant, _ in votes], settings.max_client_weight)
-    return Validation(loss=middle([loss for _, loss in votes], weights, settings.aggregation), failures=failures)
+    loss = middle(losses, weights, settings.aggregation)
+    return Validation(loss=loss, typical=float(np.median(losses)), failures=failures)
 
 
 def decayed(decay: str, number: int, total: int) -> float:

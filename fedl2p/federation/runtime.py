@@ -114,7 +114,7 @@ class ClientRuntime:
                 self._statistics[client_id] = load_statistics(kept, self.device)
             else:
                 loader = self.data.client(client_id).statistics_dataloader()
-                batches = (to_model([batch], self.model)[0] for batch in loader)
+                batches = (to_model([batch], self.model.module)[0] for batch in loader)
                 self._statistics[client_id] = collect_statistics(self.model.module, batches)
                 if kept is not None:
                     kept.parent.mkdir(parents=True, exist_ok=True)
@@ -159,12 +159,12 @@ class ClientRuntime:
 
     def _train_batches(self, loader: Any) -> list[Batch]:
         epochs = self.settings.finetune_epochs
-        return to_model(gather_batches(loader, epochs=epochs, limit=self.limits.get("train")), self.model)
+        return to_model(gather_batches(loader, epochs=epochs, limit=self.limits.get("train")), self.model.module)
 
     def _batches(self, loader: Any, part: str) -> list[Batch]:
         limit = self.limits.get(part)
         # Lightning's 0 means no validation of its own; the validation loss is still needed.
-        return to_model(gather_batches(loader, limit=limit or None if part == "val" else limit), self.model)
+        return to_model(gather_batches(loader, limit=limit or None if part == "val" else limit), self.model.module)
 
     def _cohorts(self, client_ids: Sequence[int]) -> Iterator[list[int]]:
         """Positions of clients that go through the core together: of equal sizes, and not more than memory likes.

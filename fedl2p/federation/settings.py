@@ -26,8 +26,8 @@ class RoundSettings:
         max_update_norm: how far a client can move lambda in a round, as a Euclidean norm; longer updates are shortened.
             `auto` follows the updates of the round, see `clip_updates`; None is no limit.
         max_client_weight: the largest share of a round that one client can weigh, above 0 and at most 1.
-        max_loss_ratio: a round whose validation loss is more than so many times the best one is rolled back to the
-            lambda of that one, at least 1; None never rolls back.
+        max_loss_ratio: a round after which the median client's validation loss is more than so many times the best
+            loss is rolled back to the lambda of that one, at least 1; None never rolls back.
         seed: of the run.
 
     Raises:

@@ -4,8 +4,11 @@ import copy
 from typing import TYPE_CHECKING
 
 import torch
+from lightning.fabric import Fabric
 from torch import nn
 
+from fedl2p.core.differentiation import gradient_scale
+from fedl2p.core.finetune import to_model
 from fedl2p.core.functional import LossFunction, Tensors
 from fedl2p.errors import ConfigError
 from fedl2p.seeding import derive_seed
@@ -26,7 +29,7 @@ class LocalTraining:
         lr: float = 0.1,
         momentum: float = 0.9,
         loss_fn: LossFunction = nn.functional.cross_entropy,
-        device: torch.device | str = "cpu",
+        fabric: Fabric | None = None,
         seed: int = 0,
     ) -> None:
         """Sets the training up.
@@ -38,7 +41,7 @@ class LocalTraining:
             lr: positive.
             momentum: in [0, 1), starting anew each round.
             loss_fn: (outputs, targets) -> mean loss.
-            device: where the model is trained.
+            fabric: the device and the precision; None is the CPU in float32.
             seed: of the run.
 
         Raises:
@@ -50,8 +53,8 @@ class LocalTraining:
                 "and from 0 to below 1."
             )
         self.data = data
-        self.device = torch.device(device)
-        self.model = copy.deepcopy(model).to(self.device)
+        self.fabric = fabric if fabric is not None else Fabric(accelerator="cpu", devices=1)
+        self.model = copy.deepcopy(model).to(self.fabric.device)
         self.epochs = epochs
         self.lr = lr
         self.momentum = momentum
@@ -66,14 +69,21 @@ class LocalTraining:
         torch.manual_seed(seed)
         self.model.load_state_dict(tensors)
         self.model.train()
-        optimizer = torch.optim.SGD(self.model.parameters(), lr=self.lr * lr_scale, momentum=self.momentum)
+        with self.fabric.autocast():
+            scale = gradient_scale(self.fabric.device.type)
+        # SGD with momentum is linear in the gradients, so a scaled loss is undone by the rate.
+        rate = self.lr * lr_scale / scale
+        optimizer = torch.optim.SGD(self.model.parameters(), lr=rate, momentum=self.momentum)
         loader = self.data.client(client_id, seed=seed).train_dataloader()
         samples = 0
         for _ in range(self.epochs):
             samples = 0
-            for inputs, targets in loader:
+            for batch in loader:
+                ((inputs, targets),) = to_model([batch], self.model)
                 optimizer.zero_grad()
-                self.loss_fn(self.model(inputs.to(self.device)), targets.to(self.device)).backward()
+                with self.fabric.autocast():
+                    loss = self.loss_fn(self.model(inputs), targets)
+                (loss if scale == 1.0 else loss * scale).backward()
                 optimizer.step()
                 samples += len(targets)
         return {name: t.detach().clone() for name, t in self.model.state_dict().items()}, samples

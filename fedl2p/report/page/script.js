@@ -142,6 +142,8 @@
   const panel = document.getElementById("picked");
   if (!panel) return;
   panel.hidden = false;
+  const contents = document.querySelector("nav ul");
+  if (contents) contents.append(make("li", {}, make("a", { href: "#picked", textContent: "Picked clients" })));
   const title = (client) => (runs.length > 1 ? `${client.name} (${runs[client.run].name})` : client.name);
   const byTitle = new Map(clients.map((client, id) => [title(client), id]));
   document.getElementById("client-names").append(...[...byTitle.keys()].map((value) => make("option", { value })));

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fedl2p.core.batchnorm import ForwardMode
 from fedl2p.core.differentiation import FUNC_TRANSFORMS, Autograd, Differentiation
-from fedl2p.core.finetune import active_parameters, evaluate, evaluation_loss, finetune, initial_running, to_device
+from fedl2p.core.finetune import active_parameters, evaluate, evaluation_loss, finetune, initial_running, to_model
 from fedl2p.core.functional import FunctionalModel, InnerState
 from fedl2p.core.settings import BatchNormMode, RunningStart
 from fedl2p.core.statistics import collect_statistics
@@ -369,6 +369,8 @@ def test_outputs_and_targets_may_be_structures_too() -> None:
 
 def test_batches_of_any_structure_move_between_devices() -> None:
     case = named_inputs_case()
-    moved = to_device(case.train, "meta")
+    moved = to_model(case.train, copy.deepcopy(case.model.module).to("meta", torch.float32))
     assert {tensor.device.type for inputs, targets in moved for tensor in (*inputs.values(), targets)} == {"meta"}
+    floating = [t for inputs, _ in moved for t in inputs.values() if t.is_floating_point()]
+    assert floating and {tensor.dtype for tensor in floating} == {torch.float32}
     assert {tensor.device.type for inputs, _ in case.train for tensor in inputs.values()} == {"cpu"}

@@ -235,6 +235,13 @@ def test_losses_that_are_not_finite_for_most_make_the_round_infinitely_bad(bad: 
     assert set(validation.failures) == {"client-10", "client-20", "client-30"}
 
 
+def test_a_few_clients_that_diverge_make_a_round_bad_but_do_not_move_the_typical_loss() -> None:
+    validation = validated(make_federation(), {10: 1.0, 20: 1e6, 30: 3.0, 40: 4.0})
+    assert validation.loss > 9e4
+    assert validation.typical == 3.5
+    assert validation.failures == {}
+
+
 def test_a_validation_client_that_raised_is_left_out_and_named() -> None:
     validation = validated(make_federation(), {10: 1.0, 30: 3.0, 40: 4.0})
     assert validation.loss == pytest.approx((30 + 60 * 3 + 4) / 91)

@@ -368,7 +368,8 @@ class Scripted(Federation):
 
     def run(self, *args: Any, **options: Any) -> MetaState:
         def validate(*args: Any) -> Validation:
-            return Validation(loss=next(self.remaining), failures={})
+            loss = next(self.remaining)
+            return Validation(loss=loss, typical=loss, failures={})
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(rounds, "validate", validate)

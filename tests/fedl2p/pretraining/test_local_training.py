@@ -58,3 +58,35 @@ def test_the_given_model_is_not_changed() -> None:
 def test_impossible_settings_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=rf"{next(iter(options))} (is )?{next(iter(options.values()))}"):
         LocalTraining(Line(), network(), **options)  # type: ignore[arg-type]
+
+
+class Half:
+    """A CPU in half precision; Lightning's Fabric has float16 on GPUs only."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast("cpu", dtype=self.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_trains_nearly_the_same_model_in_float32(dtype: torch.dtype) -> None:
+    start = dict(network().state_dict())
+    full, _ = LocalTraining(Line(batch_size=2), network(), epochs=3).train(start, 0, 1)
+    half, _ = LocalTraining(Line(batch_size=2), network(), epochs=3, fabric=Half(dtype)).train(start, 0, 1)  # type: ignore[arg-type]
+    for name, tensor in full.items():
+        assert half[name].dtype == torch.float32 and not torch.equal(half[name], tensor)
+        moved = float((tensor - start[name]).abs().max())
+        torch.testing.assert_close(half[name], tensor, rtol=0, atol=0.05 * moved)
+
+
+def test_a_model_in_double_precision_is_trained_in_it() -> None:
+    start = dict(network().double().state_dict())
+    full, _ = LocalTraining(Line(batch_size=2), network()).train(dict(network().state_dict()), 0, 1)
+    double, _ = LocalTraining(Line(batch_size=2), network().double()).train(start, 0, 1)
+    for name, tensor in double.items():
+        assert tensor.dtype == torch.float64
+        torch.testing.assert_close(tensor.float(), full[name], rtol=0, atol=1e-6)

@@ -150,6 +150,7 @@ def test_clients_are_picked_by_dot_by_name_and_by_text(browser: Browser, page: P
     assert browser.run(cards) == names[1:]
     browser.click("#clear")
     assert browser.run(cards) == []
+    assert browser.run("document.querySelector('nav li:last-child a').getAttribute('href')") == "#picked"
     assert browser.run("document.querySelectorAll('.picked').length") == 0
     assert browser.run("document.getElementById('bar').hidden")
 
