@@ -28,8 +28,8 @@ from fedl2p.core.functional import (
 from fedl2p.core.hypergradients import HypergradientEstimator, Unrolled
 from fedl2p.core.meta_nets import Hyperparameters, MetaNets
 from fedl2p.core.meta_step import MetaStep, active_in_episode, meta_optimizer, meta_step, personalize
-from fedl2p.core.refinement import Refined, RefinementSettings, refine
-from fedl2p.core.settings import BatchNormMode, LearnerSettings
+from fedl2p.core.refinement import Refined, refine
+from fedl2p.core.settings import BatchNormMode, LearnerSettings, RefinementSettings
 from fedl2p.errors import DataError
 
 

@@ -6,7 +6,6 @@ trials) agree with those on other samples of the client; that of beta is mostly 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -18,42 +17,10 @@ from fedl2p.core.functional import FunctionalModel, InnerState
 from fedl2p.core.hypergradients import HypergradientEstimator
 from fedl2p.core.meta_nets import Hyperparameters
 from fedl2p.core.meta_step import hypergradient
-from fedl2p.core.settings import BatchNormMode
-from fedl2p.errors import ConfigError
+from fedl2p.core.settings import BatchNormMode, RefinementSettings
 
 SHORTER = 0.25
 """What a step that raised the validation loss is shortened by."""
-
-
-@dataclass(frozen=True)
-class RefinementSettings:
-    """How a client refines its learning rates, in log eta, where a rate moves in proportion to itself.
-
-    Attributes:
-        steps: how many steps are tried, at least 0; 0 leaves the recipe as it is. Each costs a fine-tuning with its
-            hypergradient.
-        step_size: by what the gradient of the validation loss by log eta is multiplied at first, above 0.
-        longest_step: no log eta moves further than this in one step, above 0.
-        farthest: no log eta ends further than this from where it started, above 0.
-    """
-
-    steps: int = 3
-    step_size: float = 4.0
-    longest_step: float = 0.35
-    farthest: float = 1.1
-
-    def __post_init__(self) -> None:
-        """Refuses what is impossible.
-
-        Raises:
-            ConfigError: naming the setting, its value, and what is allowed.
-        """
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 0:
-            raise ConfigError(f"steps is {self.steps!r}; allowed is a whole number, 0 or more.")
-        for name in ("step_size", "longest_step", "farthest"):
-            value = getattr(self, name)
-            if not 0 < value < math.inf:
-                raise ConfigError(f"{name} is {value!r}; allowed is above 0.")
 
 
 class Refined(NamedTuple):

@@ -1,4 +1,4 @@
-"""How a client learns: every setting of the learner, its default and its bounds. Nothing heavy is imported here."""
+"""How a client learns and refines: every setting, its default and its bounds. Nothing heavy is imported here."""
 
 import math
 from collections.abc import Mapping
@@ -131,6 +131,37 @@ class LearnerSettings:
         values = {setting.name: getattr(self, setting.name) for setting in fields(LearnerSettings)}
         words = {name: value.value for name, value in values.items() if isinstance(value, StrEnum)}
         return values | words | {"meta_lr": dict(vars(self.meta_lr))}
+
+
+@dataclass(frozen=True)
+class RefinementSettings:
+    """How a client refines its learning rates, in log eta, where a rate moves in proportion to itself.
+
+    Attributes:
+        steps: how many steps are tried, at least 0; 0 leaves the recipe as it is. Each costs a fine-tuning with its
+            hypergradient.
+        step_size: by what the gradient of the validation loss by log eta is multiplied at first, above 0.
+        longest_step: no log eta moves further than this in one step, above 0.
+        farthest: no log eta ends further than this from where it started, above 0.
+    """
+
+    steps: int = 3
+    step_size: float = 4.0
+    longest_step: float = 0.35
+    farthest: float = 1.1
+
+    def __post_init__(self) -> None:
+        """Refuses what is impossible.
+
+        Raises:
+            ConfigError: naming the setting, its value, and what is allowed.
+        """
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 0:
+            raise ConfigError(f"steps is {self.steps!r}; allowed is a whole number, 0 or more.")
+        for name in ("step_size", "longest_step", "farthest"):
+            value = getattr(self, name)
+            if not _is_number(value) or value <= 0:
+                raise ConfigError(f"{name} is {value!r}; allowed is above 0.")
 
 
 def _meta_lr(rates: MetaLearningRates | Mapping[str, float]) -> MetaLearningRates:

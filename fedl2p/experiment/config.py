@@ -55,6 +55,7 @@ def _schema() -> Any:
     schema = OmegaConf.structured(Config)
     OmegaConf.set_readonly(schema.client, False)
     OmegaConf.set_readonly(schema.client.meta_lr, False)
+    OmegaConf.set_readonly(schema.refinement, False)
     return schema
 
 

@@ -23,7 +23,7 @@ from fedl2p.experiment.build import (
 )
 from fedl2p.experiment.config import to_yaml
 from fedl2p.experiment.folder import RunFolder
-from fedl2p.experiment.methods import given_rates
+from fedl2p.experiment.methods import given_rates, tuned_methods
 from fedl2p.experiment.schema import Config
 from fedl2p.federation.local import LocalGrid
 from fedl2p.federation.ray import require_ray, simulate
@@ -106,7 +106,7 @@ def prepare(config: Config, *, resume: bool = False, console: Console | None = N
         folder.require_same(to_yaml(config))
     check_trainer(config)
     if not config.baselines.tune:
-        given_rates(config.baselines.tuned_rates)
+        given_rates(config.baselines.tuned_rates, tuned_methods(config))
     if config.federation.engine == "ray":
         require_ray()
     data = build_data(config)

@@ -14,8 +14,9 @@ from rich.table import Table
 from fedl2p.datamodules.base.federated import POOLS
 from fedl2p.experiment.build import build_runtime, build_training
 from fedl2p.experiment.context import RunContext, prepare
-from fedl2p.experiment.evaluation import evaluations
-from fedl2p.experiment.methods import FINE_TUNING
+from fedl2p.experiment.evaluation import evaluations, hypergradients
+from fedl2p.experiment.methods import tuned_methods
+from fedl2p.experiment.recommendation import CANDIDATES
 from fedl2p.experiment.schema import Config
 from fedl2p.federation.runtime import ClientRuntime
 from fedl2p.progress import duration
@@ -99,27 +100,35 @@ def estimate_run(context: RunContext) -> Estimate:
     steps = {pool: sum(_steps(context, size) for size in own) for pool, own in sizes.items()}
     federation, seen = config.federation, len(sizes["seen"])
     evaluate = {pool: cost.total("evaluation", sizes[pool]) for pool in ("seen", "unseen")}
-    meta, iterations = cost.total("meta", sizes["seen"]), config.client.meta_iterations
+    meta = {pool: cost.total("meta", sizes[pool]) for pool in ("seen", "unseen")}
+    iterations = config.client.meta_iterations
     share = max(1, round(federation.client_fraction * seen)) / seen
     validated = max(1, round(federation.validation_fraction * seen)) / seen
     calls = max(1, round(federation.rounds * share)) * config.baselines.l2p
-    tuned = len(FINE_TUNING) * len(config.baselines.rates) * config.baselines.tune
-    tested = evaluations(config)
+    tuned = len(tuned_methods(config)) * len(config.baselines.rates) * config.baselines.tune
+    tested, refined = evaluations(config), hypergradients(config) / iterations
+    chosen = 2 * (config.refinement.steps + 1) / iterations * (config.refinement.steps > 0)
 
-    def stage(name: str, meta_passes: float, seen_passes: float, unseen_passes: float = 0) -> StageEstimate:
-        """`*_passes` are over all clients of the pool."""
-        return StageEstimate(
-            name,
-            round((meta_passes * iterations + seen_passes) * steps["seen"] + unseen_passes * steps["unseen"]),
-            meta_passes * meta + seen_passes * evaluate["seen"] + unseen_passes * evaluate["unseen"],
-        )
+    def pool_stage(name: str, pool: str, meta_passes: float, passes: float) -> StageEstimate:
+        """Passes over all clients of a pool: meta updates, and personalizations."""
+        inner = round((meta_passes * iterations + passes) * steps[pool])
+        return StageEstimate(name, inner, meta_passes * meta[pool] + passes * evaluate[pool])
+
+    def stage(name: str, meta_passes: float, seen_passes: float) -> StageEstimate:
+        return pool_stage(name, "seen", meta_passes, seen_passes)
+
+    def both(name: str, meta_passes: float, passes: float) -> StageEstimate:
+        seen, unseen = (pool_stage(name, pool, meta_passes, passes) for pool in ("seen", "unseen"))
+        return StageEstimate(name, seen.steps + unseen.steps, seen.seconds + unseen.seconds)
 
     stages = (
         _pretraining(context),
         stage("tuning", 0, tuned),
         stage("rounds", federation.rounds * share, (federation.rounds + 1) * validated),
         stage("l2p", calls, 0),
-        stage("evaluation", 0, tested, tested),
+        both("evaluation", 0, tested),
+        both("refinement", refined, 0),
+        stage("recommendation", chosen, CANDIDATES * 2 * bool(chosen)),
     )
     return Estimate({pool: len(own) for pool, own in sizes.items()}, stages, _peak_memory())
 

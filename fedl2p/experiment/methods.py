@@ -1,7 +1,7 @@
 """What FedL2P is compared with: each a way to choose `Hyperparameters` (section 4.1.2 of the FedL2P paper)."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from fedl2p.core.meta_nets import Hyperparameters
 from fedl2p.core.settings import BatchNormMode
 from fedl2p.core.statistics import ClientStatistics
 from fedl2p.errors import ConfigError, FederationError
+from fedl2p.experiment.schema import Config
 
 MAX_RATES = 24  # a grid that has grown this long has no best inside
 NO_RATE_HELPS = "no rate lowered the validation loss; the lowest one was taken"
@@ -55,11 +56,13 @@ class FineTuning:
         label: as tables show it.
         beta: for all layers.
         bn_mode: at testing.
+        relative_gradients: whether a tensor's rate follows the size of its gradient relative to its own (Auto-RGN).
     """
 
     label: str
     beta: float
     bn_mode: BatchNormMode = BatchNormMode.running
+    relative_gradients: bool = False
 
 
 FINE_TUNING: dict[str, FineTuning] = {
@@ -67,6 +70,18 @@ FINE_TUNING: dict[str, FineTuning] = {
     "ft_bn_g": FineTuning("FT (BN G)", beta=0.0),
     "ft_bn_i": FineTuning("FT (BN I)", beta=1.0, bn_mode=BatchNormMode.batch),
 }
+
+
+def tuned_methods(config: Config) -> dict[str, FineTuning]:
+    """All hand-made methods of a run whose rate is tuned.
+
+    Auto-RGN is of Lee et al., Surgical Fine-Tuning Improves Adaptation to Distribution Shifts (ICLR 2023, arXiv
+    2210.11466), with its relative norms measured once, at theta_g, and with the client's own batch statistics.
+    """
+    if not config.baselines.auto_rgn:
+        return FINE_TUNING
+    bn_mode = config.client.evaluation_statistics
+    return FINE_TUNING | {"auto_rgn": FineTuning("Auto-RGN", beta=1.0, bn_mode=bn_mode, relative_gradients=True)}
 
 
 def tune_rate(loss_of: Callable[[float], float], rates: Sequence[float]) -> tuple[float, dict[float, float]]:
@@ -146,18 +161,28 @@ class TunedRate:
         return cls(values["rate"], dict(grid)[values["rate"]], grid, "note" not in values)
 
 
-def given_rates(rates: Mapping[str, float]) -> dict[str, TunedRate]:
+def given_rates(rates: Mapping[str, float], names: Collection[str] = tuple(FINE_TUNING)) -> dict[str, TunedRate]:
     """The rates of `baselines.tuned_rates`, which nothing was measured for.
+
+    Args:
+        rates: by method.
+        names: of the methods of the run.
 
     Raises:
         ConfigError: not one for each method.
     """
-    if set(rates) != set(FINE_TUNING):
+    if set(rates) != set(names):
         raise ConfigError(
             f"baselines.tuned_rates is {dict(rates)}; where baselines.tune is false, allowed is a rate for each of "
-            f"{', '.join(FINE_TUNING)}."
+            f"{', '.join(names)}."
         )
-    return {name: TunedRate(rates[name]) for name in FINE_TUNING}
+    return {name: TunedRate(rates[name]) for name in names}
+
+
+def best_fine_tuning(rates: Mapping[str, TunedRate]) -> str | None:
+    """The method with the lowest validation loss on the seen clients; None where no loss was measured."""
+    measured = {name: chosen.val_loss for name, chosen in rates.items() if not math.isnan(chosen.val_loss)}
+    return min(measured, key=lambda name: measured[name]) if measured else None
 
 
 def derangement(count: int, seed: int) -> list[int]:

@@ -1,5 +1,6 @@
 """A run's numbers: `results.json` as DESIGN.md lays it out."""
 
+import math
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,17 +69,43 @@ def mean_of(results: Sequence[MethodResult], settings: dict[str, Any]) -> Method
     return MethodResult(results[0].label, settings, pools)
 
 
-def compare(methods: dict[str, MethodResult], name: str = "fedl2p", *, seed: int) -> list[dict[str, Any]]:
-    """FedL2P minus each other method: mean difference of accuracy over clients, with a paired bootstrap interval."""
+def compare(methods: dict[str, MethodResult], *, seed: int, best: str | None = None) -> list[dict[str, Any]]:
+    """FedL2P minus each other method, and the refined recipe minus what it must beat, client by client.
+
+    Methods with the other batch-norm statistics, and the bound, are not compared.
+
+    Args:
+        methods: by key.
+        seed: of the bootstrap.
+        best: the fine-tuning that was best on validation data, if it is known.
+
+    Returns:
+        By pair and pool: `mean` of the differences of accuracy over clients, `low` and `high` of a 95 % bootstrap
+        interval, and the same of the losses under `loss`, which is None where a loss is not finite.
+    """
+    others = [name for name in methods if name != "oracle" and not name.endswith(("_running", "_batch"))]
+    fine_tuning = [best] if best else [name for name in others if name.startswith("ft_")]
+    pairs = [("fedl2p", other) for other in others if other != "fedl2p"]
+    pairs += [("fedl2p_refined", other) for other in ("mean_recipe", "fedl2p", "ft_refined", *fine_tuning)]
     rows = []
-    for other in methods:
-        for pool in methods[name].pools if other != name else ():
-            if pool in methods[other].pools:
-                a, b = methods[name].pools[pool], methods[other].pools[pool]
-                differences = [a[client]["accuracy"] - b[client]["accuracy"] for client in a]
-                mean, low, high = paired_bootstrap(differences, seed=seed)
-                rows.append({"a": name, "b": other, "pool": pool, "mean": mean, "low": low, "high": high})
+    for a, b in dict.fromkeys(pair for pair in pairs if set(pair) <= set(methods)):
+        for pool in methods[a].pools:
+            if pool in methods[b].pools:
+                accuracy = _interval(methods, a, b, pool, "accuracy", seed)
+                assert accuracy is not None  # an accuracy is always finite
+                loss = _interval(methods, a, b, pool, "loss", seed)
+                rows.append({"a": a, "b": b, "pool": pool, **accuracy, "loss": loss})
     return rows
+
+
+def _interval(
+    methods: dict[str, MethodResult], a: str, b: str, pool: str, key: str, seed: int
+) -> dict[str, float] | None:
+    own, other = methods[a].pools[pool], methods[b].pools[pool]
+    differences = [own[client][key] - other[client][key] for client in own]
+    if not all(map(math.isfinite, differences)):
+        return None
+    return dict(zip(("mean", "low", "high"), paired_bootstrap(differences, seed=seed), strict=True))
 
 
 def versions() -> dict[str, str]:

@@ -18,6 +18,8 @@ from fedl2p.experiment.context import RunContext, prepare
 from fedl2p.experiment.cost import run_cost
 from fedl2p.experiment.evaluation import POOLS, measured_methods
 from fedl2p.experiment.folder import DATA
+from fedl2p.experiment.methods import TunedRate, best_fine_tuning
+from fedl2p.experiment.recommendation import recommendation
 from fedl2p.experiment.record import client_record, net_input_rows
 from fedl2p.experiment.results import MethodResult, compare, versions
 from fedl2p.experiment.stages import (
@@ -77,6 +79,10 @@ def run(*sources: Source, resume: bool = False, quiet: bool = False) -> dict[str
     if not quiet:
         console = Console()
         console.print(methods_table(results))
+        if outcome.recommended:
+            name = results["methods"][outcome.recommended["method"]]["label"]
+            line = f"Lowest validation loss on the seen clients (refined: on the half left out): {name}"
+            console.print(line, soft_wrap=True, highlight=False)
         console.print(f"{context.folder.path}", soft_wrap=True, highlight=False)
     return results
 
@@ -91,6 +97,8 @@ class Outcome:
         start: lambda before the first round, by name.
         state: of the rounds.
         methods: what was compared, by key.
+        rates: of the hand-made methods.
+        recommended: see `recommendation`.
         timings: seconds by stage.
     """
 
@@ -99,6 +107,8 @@ class Outcome:
     start: dict[str, Any]
     state: MetaState
     methods: dict[str, MethodResult]
+    rates: dict[str, TunedRate]
+    recommended: dict[str, Any] | None
     timings: dict[str, float]
 
 
@@ -127,8 +137,9 @@ def run_stages(context: RunContext, callbacks: Sequence[RoundCallback] = ()) -> 
         start = initial_lambda(runtime, base_lr)
         state = stage("rounds", learned_state, folder / "checkpoints" / ROUNDS, runtime, base_lr, callbacks)
         local = stage("l2p", local_policies, folder / "checkpoints" / "l2p.safetensors", runtime, start, state)
-        methods = stage("evaluation", measured_methods, runtime, rates, base_lr, state, local)
-    return Outcome(model, runtime, start, state, methods, timings)
+        methods = stage("evaluation", measured_methods, runtime, rates, base_lr, start, state, local)
+        advice = stage("recommendation", recommendation, runtime, rates, state)
+    return Outcome(model, runtime, start, state, methods, rates, advice, timings)
 
 
 def collect(context: RunContext, outcome: Outcome) -> dict[str, Any]:
@@ -150,7 +161,8 @@ def collect(context: RunContext, outcome: Outcome) -> dict[str, Any]:
             "skipped_steps": sum(record.skipped_steps for record in history),
         },
         "methods": {name: method.as_dict() for name, method in outcome.methods.items()},
-        "comparisons": compare(outcome.methods, seed=context.config.seed),
+        "recommended": outcome.recommended,
+        "comparisons": compare(outcome.methods, seed=context.config.seed, best=best_fine_tuning(outcome.rates)),
         "cost": run_cost(context.config, context.data, runtime, state),
     }
 

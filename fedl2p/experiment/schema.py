@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from fedl2p.core.settings import LearnerSettings
+from fedl2p.core.settings import LearnerSettings, RefinementSettings
 
 
 @dataclass
@@ -166,6 +166,9 @@ class BaselinesConfig:
         tuned_rates: a learning rate for each method, for `tune: false`.
         l2p: whether each seen client also learns its recipe alone (L2P).
         shuffled: whether FedL2P is also tested with each client given another client's statistics.
+        auto_rgn: whether rates by relative gradient norms (Auto-RGN) are tuned and tested.
+        refined: whether the best fine-tuning is refined too, as the mean recipe is.
+        oracle: whether the mean recipe is also refined on test data, as a bound on what refinement could reach.
     """
 
     rates: list[float] = field(default_factory=lambda: [0.01, 0.03, 0.1, 0.3])
@@ -173,6 +176,9 @@ class BaselinesConfig:
     tuned_rates: dict[str, float] = field(default_factory=dict)
     l2p: bool = True
     shuffled: bool = True
+    auto_rgn: bool = True
+    refined: bool = True
+    oracle: bool = False
 
 
 @dataclass
@@ -209,6 +215,7 @@ class Config:
         meta_nets: see `MetaNetsConfig`.
         federation: see `FederationConfig`.
         baselines: see `BaselinesConfig`.
+        refinement: see `RefinementSettings`; with 0 steps nothing is refined.
         trainer: arguments of lightning.Trainer, as accelerator, devices and precision.
         wandb: see `WandbConfig`.
     """
@@ -224,5 +231,6 @@ class Config:
     meta_nets: MetaNetsConfig = field(default_factory=MetaNetsConfig)
     federation: FederationConfig = field(default_factory=FederationConfig)
     baselines: BaselinesConfig = field(default_factory=BaselinesConfig)
+    refinement: RefinementSettings = field(default_factory=RefinementSettings)
     trainer: dict[str, Any] = field(default_factory=dict)
     wandb: WandbConfig = field(default_factory=WandbConfig)

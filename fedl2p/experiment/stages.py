@@ -23,11 +23,12 @@ from fedl2p.experiment.methods import (
     FINE_TUNING,
     NO_RATE_HELPS,
     FineTuning,
-    FixedRecipe,
     TunedRate,
     given_rates,
     tune_rate,
+    tuned_methods,
 )
+from fedl2p.experiment.recipes import hand_made
 from fedl2p.federation.checkpoint import load_state, save_state
 from fedl2p.federation.client_app import make_client_app, make_cohort_handlers
 from fedl2p.federation.fedavg import make_pretrain_app, pretrain
@@ -83,33 +84,36 @@ def tuned_rates(context: RunContext, file: Path, runtime: ClientRuntime) -> dict
         runtime: the clients.
     """
     settings, seen = context.config.baselines, context.data.pool("seen")
+    methods = tuned_methods(context.config)
     if not settings.tune:
-        return given_rates(settings.tuned_rates)
+        return given_rates(settings.tuned_rates, methods)
     stored = read_json(file)
     if stored is not None:
         return {name: TunedRate.from_dict(values) for name, values in stored.items()}
-    with context.bar("Tuning the baselines", len(FINE_TUNING) * len(settings.rates)) as bar:
+    with context.bar("Tuning the baselines", len(methods) * len(settings.rates)) as bar:
 
         def tuned(method: FineTuning) -> TunedRate:
+            recipe_of = hand_made(runtime, method)
+
             def loss_of(rate: float) -> float:
-                recipe = FixedRecipe.fitting(runtime.model, beta=method.beta, rate=rate)
-                recipes = [recipe(runtime.statistics(client_id)) for client_id in seen]
+                recipe = recipe_of(rate)
+                recipes = [recipe(client_id) for client_id in seen]
                 measured = runtime.evaluate(recipes, seen, bn_mode=method.bn_mode)
                 bar.advance()
-                return _weighted_loss(runtime, measured, seen)
+                return weighted_loss(runtime, measured, seen)
 
             best, losses = tune_rate(loss_of, settings.rates)
             return TunedRate(best, losses[best], tuple(losses.items()), helps=best != min(losses))
 
-        result = {name: tuned(method) for name, method in FINE_TUNING.items()}
+        result = {name: tuned(method) for name, method in methods.items()}
     for name, chosen in result.items():
         if not chosen.helps:
-            context.warn(f"{FINE_TUNING[name].label}: {NO_RATE_HELPS} ({chosen.rate:g}).")
+            context.warn(f"{methods[name].label}: {NO_RATE_HELPS} ({chosen.rate:g}).")
     write_json(file, {name: chosen.as_dict() for name, chosen in result.items()})
     return result
 
 
-def _weighted_loss(
+def weighted_loss(
     runtime: ClientRuntime, measured: Sequence[dict[str, Evaluation]], client_ids: Sequence[int]
 ) -> float:
     """The mean validation loss of clients, weighted by their training samples, as the rounds weight it."""
@@ -118,11 +122,11 @@ def _weighted_loss(
 
 
 def initial_base_lr(context: RunContext, rates: dict[str, TunedRate]) -> float:
-    """The initial eta~: as configured, or the rate of the hand-made recipe with the lowest validation loss."""
+    """The initial eta~: as configured, or the rate of the best fine-tuning that has one rate for all tensors."""
     configured = context.config.meta_nets.base_lr
     if configured is not None:
         return configured
-    return min(rates.values(), key=lambda chosen: chosen.val_loss).rate
+    return min((rates[name] for name in FINE_TUNING), key=lambda chosen: chosen.val_loss).rate
 
 
 def initial_lambda(runtime: ClientRuntime, base_lr: float) -> Tensors:

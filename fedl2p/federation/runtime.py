@@ -3,7 +3,7 @@
 import copy
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +20,22 @@ from fedl2p.core.functional import Batch, FunctionalModel, LossFunction, Tensors
 from fedl2p.core.hypergradients import HypergradientEstimator
 from fedl2p.core.learner import Evaluation, Learner, MetaUpdate
 from fedl2p.core.meta_nets import Hyperparameters, MetaNets
-from fedl2p.core.settings import BatchNormMode, LearnerSettings
+from fedl2p.core.refinement import Refined
+from fedl2p.core.settings import BatchNormMode, LearnerSettings, RefinementSettings
 from fedl2p.core.statistics import ClientStatistics, collect_statistics
 from fedl2p.federation.checkpoint import load_statistics, save_statistics
 from fedl2p.seeding import derive_seed
 
 if TYPE_CHECKING:
     from fedl2p.datamodules.base.federated import FederatedDataModule
+
+View = Callable[[Episode], Episode]
+"""Another look at a client's data: other samples to validate on, say."""
+
+
+def as_it_is(episode: Episode) -> Episode:
+    """The view that changes nothing."""
+    return episode
 
 
 class ClientRuntime:
@@ -222,15 +231,35 @@ class ClientRuntime:
         parts: Sequence[str] = ("val",),
         bn_mode: BatchNormMode | None = None,
         finetune: bool = True,
+        view: View = as_it_is,
     ) -> list[dict[str, Evaluation]]:
-        """Personalizes clients and measures them, see `Learner.evaluate`."""
+        """Personalizes clients and measures them, see `Learner.evaluate`; `view` rearranges their data first."""
         torch.manual_seed(derive_seed(self.seed, "evaluate", *client_ids))
         results: dict[int, dict[str, Evaluation]] = {}
         for positions in self._cohorts(client_ids):
-            episodes = [self.personal_episode(client_ids[i], parts) for i in positions]
+            episodes = [view(self.personal_episode(client_ids[i], parts)) for i in positions]
             chosen = [recipes[i] for i in positions]
             with self.fabric.autocast():
                 done = self.learner.evaluate(episodes, chosen, parts=parts, bn_mode=bn_mode, finetune=finetune)
+            results |= dict(zip(positions, done, strict=True))
+        return [results[i] for i in range(len(client_ids))]
+
+    def refine(
+        self,
+        recipes: Sequence[Hyperparameters],
+        client_ids: Sequence[int],
+        settings: RefinementSettings,
+        *,
+        parts: Sequence[str] = ("val",),
+        view: View = as_it_is,
+    ) -> list[Refined]:
+        """Clients better recipes on their own data, see `Learner.refine`; `parts` and `view` as in `evaluate`."""
+        torch.manual_seed(derive_seed(self.seed, "refine", *client_ids))
+        results: dict[int, Refined] = {}
+        for positions in self._cohorts(client_ids):
+            episodes = [view(self.personal_episode(client_ids[i], parts)) for i in positions]
+            with self.fabric.autocast():
+                done = self.learner.refine(episodes, [recipes[i] for i in positions], settings)
             results |= dict(zip(positions, done, strict=True))
         return [results[i] for i in range(len(client_ids))]
 
@@ -249,17 +278,13 @@ class ClientRuntime:
             meta_lr={group: rate * meta_lr_scale for group, rate in vars(self.settings.meta_lr).items()},
         )
         client.learner.single = self.learner.single
-        loader: DataLoader[Episode] = DataLoader(episodes, batch_size=None, collate_fn=_as_it_is)  # type: ignore[arg-type]  # a list will do
+        loader: DataLoader[Episode] = DataLoader(episodes, batch_size=None, collate_fn=as_it_is)  # type: ignore[arg-type]  # a list will do
         # The validation loss is part of an episode; Lightning's own validation would fine-tune once more.
         quiet_trainer(self.trainer_arguments | {"limit_val_batches": 0}).fit(client, loader, loader)
         after = {name: p.detach().to(lambda_[name]) for name, p in nets.named_parameters()}
         assert client.hyperparameters is not None
         recipe = Hyperparameters(*(t.detach().to(self.meta_nets.base_lr) for t in client.hyperparameters))
         return MetaUpdate(after, torch.tensor(client.val_losses), client.skipped_steps, recipe)
-
-
-def _as_it_is(episode: Episode) -> Episode:
-    return episode
 
 
 def quiet_trainer(arguments: dict[str, Any]) -> L.Trainer:

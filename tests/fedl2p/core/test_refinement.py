@@ -16,8 +16,8 @@ from fedl2p.core.functional import InnerState
 from fedl2p.core.hypergradients import FOMAML, HypergradientEstimator, Unrolled
 from fedl2p.core.learner import Learner
 from fedl2p.core.meta_nets import Hyperparameters, MetaNets
-from fedl2p.core.refinement import Refined, RefinementSettings, refine
-from fedl2p.core.settings import BatchNormMode, LearnerSettings
+from fedl2p.core.refinement import Refined, refine
+from fedl2p.core.settings import BatchNormMode, LearnerSettings, RefinementSettings
 from fedl2p.errors import ConfigError, DataError
 
 FREE = {"longest_step": 1e9, "farthest": 1e9}

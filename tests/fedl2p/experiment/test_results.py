@@ -81,3 +81,26 @@ def test_the_mean_of_results_is_by_client() -> None:
             "b": {"accuracy": 1.0, "loss": 0.0, "count": 2},
         }
     }
+
+
+def test_the_refined_recipe_is_compared_with_what_it_must_beat_and_losses_have_intervals() -> None:
+    names = ("global", "ft_bn_i", "ft_bn_g", "fedl2p_running", "mean_recipe", "fedl2p", "fedl2p_refined", "oracle")
+    methods = {name: MethodResult(name, {}, {"seen": table(0.1 * i, 0.5)}) for i, name in enumerate(names)}
+    pairs = [(row["a"], row["b"]) for row in compare(methods, seed=1, best="ft_bn_i")]
+    assert pairs == [
+        *(("fedl2p", other) for other in ("global", "ft_bn_i", "ft_bn_g", "mean_recipe", "fedl2p_refined")),
+        *(("fedl2p_refined", other) for other in ("mean_recipe", "fedl2p", "ft_bn_i")),
+    ]
+    unknown = [row["b"] for row in compare(methods, seed=1) if row["a"] == "fedl2p_refined"]
+    assert unknown == ["mean_recipe", "fedl2p", "ft_bn_i", "ft_bn_g"]
+    row = compare(methods, seed=1, best="ft_bn_i")[-1]
+    assert row["mean"] == pytest.approx((0.6 - 0.1) / 2)
+    assert row["loss"]["mean"] == pytest.approx(2 * row["mean"])
+    assert row["loss"]["low"] <= row["loss"]["mean"] <= row["loss"]["high"]
+
+
+def test_a_loss_that_is_not_finite_has_no_interval() -> None:
+    methods = {name: MethodResult(name, {}, {"seen": table(0.1, 0.5)}) for name in ("global", "fedl2p")}
+    methods["global"].pools["seen"]["c0"]["loss"] = float("inf")
+    (row,) = compare(methods, seed=1)
+    assert row["loss"] is None and row["mean"] == 0

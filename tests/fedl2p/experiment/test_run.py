@@ -346,7 +346,7 @@ def test_a_run_in_which_no_rate_helps_goes_on_and_says_so(
     )
     arguments = ["run", mine, f"output_dir={tmp_path / 'run'}"]
     assert main(arguments) == 0
-    assert capsys.readouterr().err.count("no rate lowered the validation loss; the lowest one was taken (0.1).") == 3
+    assert capsys.readouterr().err.count("no rate lowered the validation loss; the lowest one was taken (0.1).") == 4
     methods = results_of(tmp_path / "run")["methods"]
     settings = methods["ft_bn_c"]["settings"]
     assert settings["note"] == "no rate lowered the validation loss; the lowest one was taken"
@@ -360,7 +360,7 @@ def test_rates_of_an_earlier_run_spare_the_search(
 ) -> None:
     run(mine, f"output_dir={tmp_path / 'first'}", quiet=True)
     first = results_of(tmp_path / "first")["methods"]
-    rates = {name: first[name]["settings"]["rate"] for name in ("ft_bn_c", "ft_bn_g", "ft_bn_i")}
+    rates = {name: first[name]["settings"]["rate"] for name in ("ft_bn_c", "ft_bn_g", "ft_bn_i", "auto_rgn")}
     given = {
         "baselines": {"tune": False, "tuned_rates": rates},
         "meta_nets": {"base_lr": first["fedl2p"]["settings"]["base_lr"]},
@@ -403,10 +403,12 @@ def test_the_steps_of_an_estimate_are_those_of_the_run(mine: str, tmp_path: Path
     seen, unseen = 7 * 6, 7 * 6
     stages = {stage.name: stage for stage in estimate.stages}
     assert stages["pretraining"].steps == 0
-    assert stages["tuning"].steps == 3 * 2 * seen
+    assert stages["tuning"].steps == 4 * 2 * seen
     assert stages["rounds"].steps == (5 * 2 + 6) * seen
     assert stages["l2p"].steps == 5 * 2 * seen
-    assert stages["evaluation"].steps == 11 * (seen + unseen)
+    assert stages["evaluation"].steps == (5 + 2 * 7 + 5) * (seen + unseen)
+    assert stages["refinement"].steps == 2 * 4 * (seen + unseen)
+    assert stages["recommendation"].steps == 2 * (4 + 4) * seen
     assert all(stage.seconds > 0 for stage in estimate.stages[1:])
     assert 1e7 < estimate.memory < 1e12
 

@@ -50,15 +50,26 @@ TINY = [
     "baselines.rates=[0.1, 0.3]",
     "wandb.mode=disabled",
 ]
-METHODS = {
+BOTH = ("auto_rgn", "ft_initial_beta", "mean_recipe", "fedl2p", "fedl2p_refined")
+METHODS: dict[str, tuple[str, ...]] = {
     "global": ("seen", "unseen"),
     "ft_bn_c": ("seen", "unseen"),
+    "ft_bn_c_batch": ("seen", "unseen"),
     "ft_bn_g": ("seen", "unseen"),
     "ft_bn_i": ("seen", "unseen"),
+    "ft_bn_i_running": ("seen", "unseen"),
     "l2p": ("seen",),
-    "fedl2p": ("seen", "unseen"),
+    "initial_nets": ("seen", "unseen"),
+    **dict.fromkeys(BOTH, ("seen", "unseen")),
     "fedl2p_shuffled": ("seen", "unseen"),
+    "ft_refined": ("seen", "unseen"),
 }
+"""Of any run; in each, the methods in `BOTH` have a second row, with the batch-norm statistics that the run leaves."""
+
+
+def methods_of(other: str) -> dict[str, tuple[str, ...]]:
+    """All methods of a run whose second rows have these statistics."""
+    return METHODS | {f"{name}_{other}": METHODS[name] for name in BOTH}
 
 
 def results_of(folder: Path) -> dict[str, Any]:
@@ -99,9 +110,11 @@ def test_results_have_every_method_and_pool_with_their_keys(finished: Path) -> N
     assert results["seed"] == 3
     assert results["config"]["federation"]["rounds"] == 2
     assert {"torch", "lightning", "flwr", "python"} <= set(results["versions"])
-    assert {"pretraining", "tuning", "rounds", "l2p", "evaluation", "total"} <= set(results["timings"])
-    assert set(results["methods"]) == set(METHODS)
-    for name, pools in METHODS.items():
+    assert {"pretraining", "tuning", "rounds", "l2p", "evaluation", "recommendation", "total"} <= set(
+        results["timings"]
+    )
+    assert set(results["methods"]) == set(methods_of("running"))
+    for name, pools in methods_of("running").items():
         method = results["methods"][name]
         assert {pool for pool in ("seen", "unseen") if pool in method} == set(pools)
         for pool in pools:
@@ -202,7 +215,7 @@ def test_another_seed_gives_other_numbers(finished: Path, tmp_path: Path) -> Non
     assert main([*arguments, f"output_dir={tmp_path / 'run'}"]) == 0
     results = results_of(tmp_path / "run")
     assert results["rounds"]["val_losses"] != results_of(finished)["rounds"]["val_losses"]
-    assert set(results["methods"]) == set(METHODS) - {"l2p", "fedl2p_shuffled"}
+    assert set(results["methods"]) == set(methods_of("running")) - {"l2p", "fedl2p_shuffled"}
 
 
 def test_the_shuffled_ablation_is_the_mean_of_several_shuffles_of_the_same_clients(finished: Path) -> None:
@@ -322,7 +335,8 @@ def test_a_user_s_own_data_and_model_run_and_the_terminal_shows_the_table_and_th
     out = capsys.readouterr().out
     assert all(word in out for word in ("FedL2P", "FT (BN C)", "FT (BN G)", "FT (BN I)", "L2P", "seen", "unseen"))
     assert out.splitlines()[-1] == str(tmp_path / "run")
-    for name, pools in METHODS.items():
+    assert set(results["methods"]) == set(methods_of("batch"))
+    for name, pools in methods_of("batch").items():
         for pool in pools:
             names = {"seen": {"m0", "m1", "m2"}, "unseen": {"m3", "m4"}}[pool]
             assert set(results["methods"][name][pool]["clients"]) == names
