@@ -29,7 +29,7 @@ from fedl2p.core.sharded import ShardedModel
 from fedl2p.core.statistics import ClientStatistics, collect_statistics
 from fedl2p.errors import ConfigError, ModelError
 from fedl2p.meta_iterations import MetaIterations
-from fedl2p.policy import policy_metadata
+from fedl2p.policy.files import policy_metadata
 from fedl2p.trainer_data import TrainerData
 
 Recipe = Callable[[ClientStatistics], Hyperparameters]
