@@ -125,7 +125,7 @@ def start_wandb(
     name: str,
     directory: str | os.PathLike[str],
     config: Mapping[str, Any],
-    mode: Mode | None = None,
+    mode: str | None = None,
     run_id: str | None = None,
 ) -> Any:
     """Starts a quiet wandb run of its own, beside any other that this process may have.

@@ -213,7 +213,7 @@ def _tracker(context: RunContext) -> WandbRounds | None:
             name=config.wandb.name or folder.path.name,
             directory=folder.path,
             config=asdict(config),
-            mode=config.wandb.mode,  # type: ignore[arg-type]  # checked by config.check
+            mode=config.wandb.mode,
             run_id=folder.read_json(WANDB),
         )
     except Exception as error:  # of a library that talks to a server

@@ -159,8 +159,8 @@ def learned_state(
         client_fraction=config.client_fraction,
         validation_fraction=config.validation_fraction,
         min_reply_fraction=config.min_reply_fraction,
-        meta_lr_decay=config.meta_lr_decay,  # type: ignore[arg-type]  # checked by config.check
-        aggregation=config.aggregation,  # type: ignore[arg-type]  # likewise
+        meta_lr_decay=config.meta_lr_decay,
+        aggregation=config.aggregation,
         max_update_norm=config.max_update_norm,
         max_client_weight=config.max_client_weight,
         max_loss_ratio=config.max_loss_ratio,

@@ -11,7 +11,7 @@ from scipy import stats
 from fedl2p.core.functional import Tensors
 from fedl2p.federation.messages import ARRAYS, META_TRAIN, METRICS, from_arrays, to_arrays
 
-Aggregation = Literal["mean", "median", "trimmed_mean", "krum"]
+AGGREGATIONS = ("mean", "median", "trimmed_mean", "krum")
 
 TRIMMED_SHARE = 0.35  # of the numbers at either end, left out of a trimmed mean
 # An update may be so many times as long as the median one. Honest clients differ a lot: on the digits the longest one
@@ -47,7 +47,7 @@ class WeightedMean:
         }
 
 
-def combine(start: Tensors, lambdas: Sequence[Tensors], weights: Sequence[float], aggregation: Aggregation) -> Tensors:
+def combine(start: Tensors, lambdas: Sequence[Tensors], weights: Sequence[float], aggregation: str) -> Tensors:
     """One lambda of many.
 
     Args:
@@ -71,7 +71,7 @@ def combine(start: Tensors, lambdas: Sequence[Tensors], weights: Sequence[float]
     return {name: (t.double() + middle[name]).to(t) for name, t in start.items()}
 
 
-def _robust(aggregation: Aggregation, count: int) -> FedAvg:
+def _robust(aggregation: str, count: int) -> FedAvg:
     """Flower's strategy of that name, set up for as many liars among `count` clients as it can bear."""
     if aggregation == "median":
         return FedMedian()
@@ -146,7 +146,7 @@ def bound_weights(weights: Sequence[float], max_share: float) -> list[float]:
     raise AssertionError("the smallest weight is below the mean")
 
 
-def middle(values: Sequence[float], weights: Sequence[float], aggregation: Aggregation) -> float:
+def middle(values: Sequence[float], weights: Sequence[float], aggregation: str) -> float:
     """One number of many: the weighted mean, or a trimmed mean without weights where the aggregation is robust."""
     if aggregation == "mean":
         return sum(w * value for w, value in zip(weights, values, strict=True)) / sum(weights)

@@ -2,12 +2,12 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from fedl2p.errors import ConfigError
-from fedl2p.federation.aggregation import Aggregation
+from fedl2p.federation.aggregation import AGGREGATIONS
 
-Decay = Literal["none", "cosine"]
+DECAYS = ("none", "cosine")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +39,8 @@ class RoundSettings:
     client_fraction: float = 0.1
     validation_fraction: float = 1.0
     min_reply_fraction: float = 0.5
-    meta_lr_decay: Decay = "none"
-    aggregation: Aggregation = "mean"
+    meta_lr_decay: str = "none"
+    aggregation: str = "mean"
     max_update_norm: float | Literal["auto"] | None = "auto"
     max_client_weight: float = 0.75
     max_loss_ratio: float | None = 10.0
@@ -52,7 +52,7 @@ class RoundSettings:
             value = getattr(self, key)
             if not 0 < value <= 1:
                 raise ConfigError(f"federation.{key} is {value}; allowed is above 0 and at most 1.")
-        for key, words in (("meta_lr_decay", get_args(Decay)), ("aggregation", get_args(Aggregation))):
+        for key, words in (("meta_lr_decay", DECAYS), ("aggregation", AGGREGATIONS)):
             value = getattr(self, key)
             if value not in words:
                 allowed = ", ".join(repr(word) for word in words[:-1])
