@@ -181,7 +181,7 @@ def test_epochs_that_are_not_used_are_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, epochs: int | None, said: bool
 ) -> None:
     trainer = make_trainer(tmp_path, max_epochs=epochs)
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
         trainer.fit(make_client(), datamodule=Data())
     lines = [line for line in caplog.messages if "max_epochs" in line and "meta_iterations=3" in line]
     assert bool(lines) == said

@@ -79,7 +79,7 @@ def test_one_trainer_serves_several_clients_each_with_its_data(
 ) -> None:
     trainer = make_trainer(tmp_path)
     clients = [make_client(), make_client()]
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
         for client, data in zip(clients, (Data(), Scaled()), strict=True):
             trainer.fit(client, data.train_dataloader(), data.val_dataloader())
             assert len(client.val_losses) == 3
