@@ -138,17 +138,9 @@ class Policy:
         file = Path(path)
         file = file / META_NETS if file.is_dir() else file
         stored = read_policy(file)
-        mean = read_mean_recipe(file.with_name(MEAN_RECIPE))
-        if names:
-            stored = stored.renamed(names)
-        recipe = None
-        if mean is not None:
-            # In the order in which the nets' own names are stored, so that a map of names holds here too.
-            own = zip(mean, ("batchnorm_names", "parameter_names"), strict=True)
-            recipe = NamedHyperparameters(
-                *(dict(zip(stored.names[kind], part.values(), strict=True)) for part, kind in own)
-            )
-        return cls(stored, mean_recipe=recipe, settings=settings, loss_fn=loss_fn, val_loss_fn=val_loss_fn)
+        named = stored if not names else stored.renamed(names)
+        mean = _mean_recipe(file.with_name(MEAN_RECIPE), stored, named)
+        return cls(named, mean_recipe=mean, settings=settings, loss_fn=loss_fn, val_loss_fn=val_loss_fn)
 
     def __call__(self, model: nn.Module, loader: Iterable[Any]) -> NamedHyperparameters:
         """The client's hyperparameters, by one pass over its training data.
@@ -249,6 +241,19 @@ class Policy:
         )
         (refined,) = client.learner.refine([episode], [recipe], settings)
         return refined.hyperparameters, refined.val_losses.tolist()
+
+
+def _mean_recipe(path: Path, stored: PolicyFile, named: PolicyFile) -> NamedHyperparameters | None:
+    """The mean recipe beside nets, with the names that these have been given; None where there is none."""
+    parts = read_mean_recipe(path)
+    if parts is None:
+        return None
+    result = []
+    for part, kind in zip(parts, ("batchnorm_names", "parameter_names"), strict=True):
+        if tuple(part) != stored.names[kind]:
+            raise ModelError(f"The mean recipe in {path} is for another model than the nets beside it.")
+        result.append(dict(zip(named.names[kind], part.values(), strict=True)))
+    return NamedHyperparameters(*result)
 
 
 def _answer(client: _Client) -> NamedHyperparameters:

@@ -282,6 +282,15 @@ def test_a_file_that_was_cut_off_or_changed_is_refused(network: nn.Module, write
             Policy.load(path.parent)
 
 
+def test_a_mean_recipe_of_another_model_is_refused(network: nn.Module, write: Any) -> None:
+    run = write(network)
+    nets = (run / META_NETS).read_bytes()
+    write(Wrapped(network))
+    (run / META_NETS).write_bytes(nets)
+    with pytest.raises(ModelError, match="another model than the nets beside it"):
+        Policy.load(run)
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [("batchnorm_names", "[1"), ("settings", '{"finetune_epochs": -1}'), ("input_shape", '"x"')],
