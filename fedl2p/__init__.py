@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fedl2p.core.settings import BatchNormMode, LearnerSettings, MetaLearningRates, RunningStart
     from fedl2p.core.statistics import ClientStatistics, collect_statistics
     from fedl2p.experiment.run import run
+    from fedl2p.policy import Policy
 
 __version__ = "0.1.0"
 
@@ -39,6 +40,7 @@ _MODULES = {
     "MetaLearningRates": "core.settings",
     "MetaNets": "core.meta_nets",
     "MixedBatchNorm": "core.batchnorm",
+    "Policy": "policy",
     "RunningStart": "core.settings",
     "Unrolled": "core.hypergradients",
     "collect_statistics": "core.statistics",
@@ -64,6 +66,7 @@ __all__ = [
     "MetaLearningRates",
     "MetaNets",
     "MixedBatchNorm",
+    "Policy",
     "RunningStart",
     "Unrolled",
     "collect_statistics",

@@ -57,6 +57,18 @@ Prints beta and eta of chosen clients, layer by layer.
   fedl2p inspect runs/seven --domain blur --format csv > blur.csv
 """
 
+PERSONALIZE_HELP = """\
+Makes a finished run's model a new client's own: one pass over its data for its recipe, fine-tuning, and a plain model
+in personalized.safetensors that load_state_dict takes; hyperparameters.csv and report.json lie beside it.
+
+  fedl2p personalize runs/seven --data digits --client 17 --out personalized
+  fedl2p personalize runs/photos --data my_photos --out personalized
+
+The data are a configuration of which a client is picked (of it only the data count), or, where the run's data are
+image files too, a folder of one client's images: my_photos/CLASS/FILE, or my_photos/train/CLASS/FILE with val and test
+beside.
+"""
+
 KEYS_HELP = """\
 Prints the keys of a configuration with their types, defaults and meanings.
 
@@ -102,6 +114,7 @@ def make_parser() -> argparse.ArgumentParser:
     keys = add_command("keys", help="list the keys of a configuration", description=KEYS_HELP)
     keys.add_argument("prefix", nargs="?", default="", metavar="PREFIX", help="only keys that begin with it")
     _add_reading_commands(commands)
+    _add_personalize(commands)
     return parser
 
 
@@ -121,6 +134,24 @@ def _add_reading_commands(commands: Any) -> None:
     inspect.add_argument("--domain", help="clients of this domain")
     inspect.add_argument("--kind", choices=("beta", "eta"), help="one of the two; both by default")
     inspect.add_argument("--format", choices=("table", "csv", "json"), default="table", help="table by default")
+
+
+def _add_personalize(commands: Any) -> None:
+    """The command for a new client."""
+    personalize = commands.add_parser(
+        "personalize",
+        help="make a run's model a new client's own",
+        description=PERSONALIZE_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    personalize.add_argument("run", metavar="RUN", help="the folder of a run")
+    personalize.add_argument(
+        "--data", required=True, metavar="CONFIG|FOLDER", help="a configuration, or images by class"
+    )
+    personalize.add_argument("--client", metavar="NAME", help="a client of the configuration, by name or index")
+    personalize.add_argument("--out", required=True, metavar="FOLDER", help="is made; must not hold files")
+    personalize.add_argument("--refine", action="store_true", help="better the learning rates on validation data first")
+    personalize.add_argument("--mean-recipe", action="store_true", help="take the seen clients' mean recipe")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -149,6 +180,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return report(options.runs)
             if options.command == "inspect":
                 return inspect(options)
+            if options.command == "personalize":
+                return personalize(options)
             config = load_config(options.config)
             if options.command == "data":
                 return data(config, picture=options.picture, all_clients=options.all)
@@ -214,6 +247,25 @@ def inspect(options: argparse.Namespace) -> int:
         form=options.format,
     )
     sys.stdout.write(text)
+    return 0
+
+
+def personalize(options: argparse.Namespace) -> int:
+    """`fedl2p personalize`."""
+    print("Loading ...", file=sys.stderr)
+    from fedl2p.experiment.personalize import NewClient, summary
+    from fedl2p.experiment.personalize import personalize as make_own
+
+    asked = NewClient(
+        run=Path(options.run),
+        data=options.data,
+        client=options.client,
+        out=Path(options.out),
+        refine=options.refine,
+        mean_recipe=options.mean_recipe,
+    )
+    print(summary(make_own(asked)))
+    print(asked.out)
     return 0
 
 

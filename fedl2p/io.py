@@ -1,5 +1,6 @@
 """Files that are whole or not there: text, JSON and tensors, each written in one step and with the same file mode."""
 
+import hashlib
 import json
 import math
 import os
@@ -135,6 +136,19 @@ def _with_metadata(archive: bytes, metadata: Mapping[str, str]) -> bytes:
     return len(text).to_bytes(8, "little") + text + archive[8 + length :]
 
 
+def checksum(tensors: "Mapping[str, Tensor]", metadata: Mapping[str, str]) -> str:
+    """A hash of everything in a file of tensors, but of what it keeps as its `checksum`."""
+    import torch
+
+    words = sorted((key, value) for key, value in metadata.items() if key != "checksum")
+    digest = hashlib.sha256(json.dumps(words).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def load_tensors(path: str | os.PathLike[str]) -> "dict[str, Tensor]":
     """The tensors of a safetensors file, on the CPU.
 
@@ -142,15 +156,6 @@ def load_tensors(path: str | os.PathLike[str]) -> "dict[str, Tensor]":
         RunFolderError: the file is damaged.
     """
     return read_tensors(path)[0]
-
-
-def load_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The metadata of a safetensors file.
-
-    Raises:
-        RunFolderError: the file is damaged.
-    """
-    return read_tensors(path)[1]
 
 
 def read_tensors(path: str | os.PathLike[str]) -> "tuple[dict[str, Tensor], dict[str, str]]":

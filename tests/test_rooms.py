@@ -20,6 +20,7 @@ ROOMS: dict[str, int] = {
     "datamodules": 1,
     "core": 1,
     "trainer_data": 2,
+    "meta_iterations": 2,
     "client": 2,
     "policy": 2,
     "models": 3,

@@ -46,7 +46,7 @@ class _ByInputs(torch.autograd.Function):
     def forward(ctx: Any, d_outputs: Tensor, weight: Tensor, shape: torch.Size, geometry: _Geometry) -> Tensor:
         ctx.save_for_backward(d_outputs, weight)
         ctx.geometry = geometry
-        return _kernel(d_outputs, _like(weight, shape), weight, geometry, 0)
+        return _kernel(d_outputs, _template(weight, shape), weight, geometry, 0)
 
     @staticmethod
     def backward(ctx: Any, direction: Tensor) -> tuple[Tensor | None, ...]:
@@ -63,7 +63,7 @@ class _ByWeight(torch.autograd.Function):
     def forward(ctx: Any, d_outputs: Tensor, inputs: Tensor, shape: torch.Size, geometry: _Geometry) -> Tensor:
         ctx.save_for_backward(d_outputs, inputs)
         ctx.geometry = geometry
-        return _kernel(d_outputs, inputs, _like(inputs, shape), geometry, 1)
+        return _kernel(d_outputs, inputs, _template(inputs, shape), geometry, 1)
 
     @staticmethod
     def backward(ctx: Any, direction: Tensor) -> tuple[Tensor | None, ...]:
@@ -73,7 +73,7 @@ class _ByWeight(torch.autograd.Function):
         return by_outputs, by_inputs, None, None
 
 
-def _like(other: Tensor, shape: torch.Size) -> Tensor:
+def _template(other: Tensor, shape: torch.Size) -> Tensor:
     """Memory of `shape` that nobody reads: the kernels want to see a shape, and the order of dimensions in `other`."""
     last = other.dim() == 4 and other.is_contiguous(memory_format=torch.channels_last) and not other.is_contiguous()
     order = torch.channels_last if last else torch.contiguous_format

@@ -221,6 +221,10 @@ class CompiledSteps(FuncTransforms):
         """Prepares; nothing is compiled yet."""
         self._step: Callable[..., tuple[InnerState, Tensor]] = torch.compile(super().inner_step, dynamic=False)
 
+    def __reduce__(self) -> tuple[type["CompiledSteps"], tuple[()]]:
+        """A copy, in memory or pickled, compiles anew: compiled code cannot travel."""
+        return CompiledSteps, ()
+
     def inner_step(
         self, model: FunctionalModel, state: InnerState, batch: Batch, beta: Tensor, rates: Tensors
     ) -> tuple[InnerState, Tensor]:

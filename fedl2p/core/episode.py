@@ -82,16 +82,18 @@ def gather_batches(loader: Iterable[Any], *, epochs: int = 1, limit: Limit = Non
     Args:
         loader: of (inputs, targets); it may shuffle at each pass.
         epochs: how many passes.
-        limit: cuts each pass as Lightning's `limit_*_batches` do: None or 1.0 for all batches, an int for so many, a
-            fraction below 1 for that part of them.
+        limit: cuts each pass, see `limited`.
     """
-    batches: list[Batch] = []
-    for _ in range(epochs):
-        batches += [cast(Batch, tuple(batch)) for batch in _limited(loader, limit)]
-    return batches
+    return [cast(Batch, tuple(batch)) for _ in range(epochs) for batch in limited(loader, limit)]
 
 
-def _limited(loader: Iterable[Any], limit: Limit) -> Iterable[Any]:
+def limited(loader: Iterable[Any], limit: Limit) -> Iterable[Any]:
+    """One pass over a loader, cut as Lightning's `limit_*_batches` do.
+
+    Args:
+        loader: of batches of any kind.
+        limit: None or 1.0 for all batches, an int for so many, a fraction below 1 for that part of them.
+    """
     if limit is None or (isinstance(limit, float) and limit == 1.0):
         return loader
     return islice(loader, limit if isinstance(limit, int) else int(len(cast(Any, loader)) * limit))

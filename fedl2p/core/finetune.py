@@ -55,7 +55,8 @@ def initial_running(
         ModelError: the statistics are of another model.
     """
     start = word(RunningStart, start, "running_start")
-    if tuple(client_statistics.channel_mean) != model.batchnorm_names:
+    channels = [(name, buffers[f"{name}.running_mean"].shape) for name in model.batchnorm_names]
+    if [(name, mean.shape) for name, mean in client_statistics.channel_mean.items()] != channels:
         raise ModelError("The statistics were collected with another model: their batch-norm layers differ.")
     result: Tensors = {}
     for name in model.batchnorm_names:
@@ -143,7 +144,7 @@ def evaluation_loss(
         model: the model.
         state: parameters and buffers.
         beta: shape (B,).
-        batches: the data.
+        batches: (inputs, targets) of the whole set.
         bn_mode: what beta mixes with the pretrained statistics.
     """
     batches = evaluation_batches(batches, bn_mode)

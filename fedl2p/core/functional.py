@@ -1,10 +1,10 @@
 """A model as a pure function of its tensors."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, NamedTuple
+from functools import cached_property, wraps
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from fedl2p.core.batchnorm import FUNCTIONAL, FUSED, ForwardMode, MixedBatchNorm, batchnorm_names
 
+Result = TypeVar("Result")
 Tensors = dict[str, Tensor]
 Inputs = Any
 """What a model takes: a tensor, a tuple of tensors (positional arguments), or a dict of them (keyword arguments)."""
@@ -69,6 +70,20 @@ def ordinary(tensors: Any) -> Any:
     with torch.inference_mode(False):
         copies = [leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf for leaf in leaves]
     return pytree.tree_unflatten(copies, structure)
+
+
+def outside_inference_mode(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Lets a function take derivatives in inference mode too, where `torch.func` of some versions silently finds none.
+
+    A Lightning Trainer tests in that mode.
+    """
+
+    @wraps(function)
+    def outside(*args: Any, **kwargs: Any) -> Result:
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+            return function(*ordinary(args), **ordinary(kwargs))
+
+    return outside
 
 
 @contextmanager

@@ -4,7 +4,6 @@ A Lightning module, a federation and a test all use this one; what it computes a
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,7 +16,15 @@ from fedl2p.core.cohort import automatic_cohort_size, groups, stack, take
 from fedl2p.core.differentiation import FUNC_TRANSFORMS, Autograd, CompiledSteps, Differentiation
 from fedl2p.core.episode import Episode
 from fedl2p.core.finetune import active_parameters, evaluate
-from fedl2p.core.functional import Batch, FunctionalModel, InnerState, Inputs, Tensors, concatenate, ordinary
+from fedl2p.core.functional import (
+    Batch,
+    FunctionalModel,
+    InnerState,
+    Inputs,
+    Tensors,
+    concatenate,
+    outside_inference_mode,
+)
 from fedl2p.core.hypergradients import HypergradientEstimator, Unrolled
 from fedl2p.core.meta_nets import Hyperparameters, MetaNets
 from fedl2p.core.meta_step import MetaStep, active_in_episode, meta_optimizer, meta_step, personalize
@@ -36,11 +43,11 @@ class Evaluation(NamedTuple):
 
 
 class MetaUpdate(NamedTuple):
-    """One client's K meta iterations.
+    """What the meta iterations of one client give.
 
     Attributes:
         lambda_: the updated parameters of the nets, by name.
-        val_losses: L_V before each iteration's update, shape (K,).
+        val_losses: the validation loss of each iteration, before its update, shape (meta_iterations,).
         skipped: how many iterations were not finite and changed nothing.
         hyperparameters: the recipe of the last iteration.
     """
@@ -76,8 +83,8 @@ class Learner:
 
         Args:
             model: from a converted module.
-            meta_nets: fitting it.
-            estimator: None is `Unrolled()`, which descends (docs/hypergradients.md).
+            meta_nets: BNNet and LRNet, made for this model.
+            estimator: None is `Unrolled()`, the exact derivative (docs/hypergradients.md).
             settings: None is `LearnerSettings()`.
             compile: whether inner steps of single clients are compiled, see `CompiledSteps`.
         """
@@ -118,7 +125,12 @@ class Learner:
         return answer
 
     def meta_step(self, lambda_: Tensors, episode: Episode) -> MetaStep:
-        """One meta iteration of one client, or of a cohort with a lambda for each of its clients, all stacked."""
+        """One meta iteration of one client, or of a cohort with a lambda for each of its clients, all stacked.
+
+        Raises:
+            DataError: there are no validation data.
+        """
+        _require([episode], "val")
         active = active_in_episode(self.model, self.meta_nets, lambda_, episode)
 
         def step(differentiation: Differentiation, lambda_: Tensors, episode: Episode) -> MetaStep:
@@ -207,8 +219,7 @@ class Learner:
         Raises:
             DataError: a client has no validation data.
         """
-        if any(not episode.val_batches for episode in episodes):
-            raise DataError("A client has no val data to refine its recipe on.")
+        _require(episodes, "val")
         results: dict[int, Refined] = {}
         for positions in groups(episodes, max_cohort):
             recipe = stack([recipes[i] for i in positions])
@@ -263,8 +274,7 @@ class Learner:
             DataError: a client has no data for a part.
         """
         for part in parts:
-            if any(not getattr(episode, f"{part}_batches") for episode in episodes):
-                raise DataError(f"A client has no {part} data to be measured on.")
+            _require(episodes, part)
         results: dict[int, dict[str, Evaluation]] = {}
         for positions in groups(episodes, max_cohort):
             recipe = stack([recipes[i] for i in positions])
@@ -302,20 +312,23 @@ class Learner:
             for part in parts
         }
 
+    @outside_inference_mode
     def _over_clients(self, function: Callable[..., Any], clients: int | None, *args: Any) -> Any:
         """Applies `function(differentiation, ...)` to each client of stacked arguments.
 
         Without `clients` the arguments are of one client, not stacked. A cohort of one goes without `torch.vmap`.
         """
-        # A Trainer tests in inference mode, where `torch.func` of some versions silently finds no gradients.
-        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
-            args = ordinary(args)
-            if clients is None:
-                return function(self.single, *args)
-            if clients > 1:
-                return torch.vmap(partial(function, FUNC_TRANSFORMS), randomness="different")(*args)
-            one = function(self.single, *(take(arg, 0) for arg in args))
-            return pytree.tree_map(lambda leaf: leaf[None], one)
+        if clients is None:
+            return function(self.single, *args)
+        if clients > 1:
+            return torch.vmap(partial(function, FUNC_TRANSFORMS), randomness="different")(*args)
+        one = function(self.single, *(take(arg, 0) for arg in args))
+        return pytree.tree_map(lambda leaf: leaf[None], one)
+
+
+def _require(episodes: Sequence[Episode], part: str) -> None:
+    if any(not getattr(episode, f"{part}_batches") for episode in episodes):
+        raise DataError(f"A client has no {part} data to be measured on.")
 
 
 def _targets(episode: Episode, part: str) -> Any:

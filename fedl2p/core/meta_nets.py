@@ -1,12 +1,14 @@
 """BNNet and LRNet: from a client's statistics to its hyperparameters (Eq. 4, Appendix E of the FedL2P paper)."""
 
+from enum import StrEnum
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fedl2p.core.batchnorm import batchnorm_names
+from fedl2p.core.settings import word
 from fedl2p.core.statistics import ClientStatistics, learnable_layer_names
 from fedl2p.errors import ConfigError, ModelError
 
@@ -53,7 +55,14 @@ def straight_through_clamp(values: Tensor, low: float, high: float) -> Tensor:
     return _StraightThroughClamp.apply(values, low, high)
 
 
-Initialization = Literal["paper", "responsive"]
+class Initialization(StrEnum):
+    """How the weights of the nets are drawn."""
+
+    paper = "paper"
+    """Xavier-normal weights of gain 0.1 in all layers, and all biases the first output (Appendix E): a change of the
+    inputs then reaches the outputs a thousandfold weakened."""
+    responsive = "responsive"
+    """He-normal weights and zero biases in the hidden layers, and a last layer as in the paper."""
 
 
 class MetaNet(nn.Module):
@@ -77,7 +86,7 @@ class MetaNet(nn.Module):
         *,
         initial_output: float,
         output_range: tuple[float, float],
-        initialization: Initialization = "responsive",
+        initialization: Initialization = Initialization.responsive,
         log_inputs: bool = False,
     ) -> None:
         """Builds the network.
@@ -86,10 +95,8 @@ class MetaNet(nn.Module):
             num_inputs: length of the statistics vector.
             num_outputs: length of the hyperparameter vector.
             initial_output: about what the untrained net answers for every client.
-            output_range: the clamp.
-            initialization: `paper`: Xavier-normal weights of gain 0.1 in all layers and all biases `initial_output`
-                (Appendix E); a change of the inputs then reaches the outputs a thousandfold weakened. `responsive`:
-                He-normal weights and zero biases in the hidden layers, and a last layer as in the paper.
+            output_range: the lowest and the highest output; what lies outside is clamped.
+            initialization: of the weights and biases.
             log_inputs: compress the (non-negative) inputs by log1p.
         """
         super().__init__()
@@ -101,7 +108,7 @@ class MetaNet(nn.Module):
         self.register_buffer("input_scale", torch.ones(num_inputs))
         for index, layer in enumerate(self.layers):
             assert isinstance(layer, nn.Linear)
-            if initialization == "paper" or index == 2:
+            if initialization is Initialization.paper or index == 2:
                 nn.init.xavier_normal_(layer.weight, gain=0.1)
                 nn.init.constant_(layer.bias, initial_output)
             else:
@@ -137,7 +144,7 @@ class MetaNets(nn.Module):
         model: nn.Module,
         *,
         base_lr: float = 1e-3,
-        initialization: Initialization = "responsive",
+        initialization: Initialization | str = Initialization.responsive,
         log_divergence: bool = True,
         initial_beta: float = 0.5,
         sample_count: bool = False,
@@ -147,7 +154,7 @@ class MetaNets(nn.Module):
         Args:
             model: a model from `convert_batchnorm`.
             base_lr: the initial value of every eta~; the rate that plain fine-tuning prefers (Appendix D).
-            initialization: see `MetaNet`.
+            initialization: see `Initialization`; its plain word will do.
             log_divergence: feed BNNet with log1p(xi), since xi grows with the square of a shift.
             initial_beta: about what BNNet answers before it is trained.
             sample_count: feed both nets with log N_i too, after the inputs of Eq. 4; the paper's conclusion names the
@@ -158,8 +165,7 @@ class MetaNets(nn.Module):
             ModelError: the model has no parameters.
         """
         super().__init__()
-        if initialization not in ("paper", "responsive"):
-            raise ConfigError(f"initialization is '{initialization}'; allowed are 'paper' and 'responsive'.")
+        initialization = word(Initialization, initialization, "initialization")
         if not 0 <= initial_beta <= 1:
             raise ConfigError(f"initial_beta is {initial_beta}; allowed is 0 to 1.")
         self.batchnorm_names = batchnorm_names(model)

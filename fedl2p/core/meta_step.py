@@ -11,7 +11,7 @@ from fedl2p.core.differentiation import FUNC_TRANSFORMS, Differentiation
 from fedl2p.core.episode import Episode
 from fedl2p.core.finetune import FineTuned, active_parameters, finetune
 from fedl2p.core.functional import FunctionalModel, InnerState, Tensors
-from fedl2p.core.hypergradients import HypergradientEstimator
+from fedl2p.core.hypergradients import Hypergradient, HypergradientEstimator
 from fedl2p.core.meta_nets import Hyperparameters, MetaNets
 from fedl2p.core.settings import BatchNormMode, MetaLearningRates
 
@@ -68,13 +68,17 @@ def meta_step(
         return functional_call(meta_nets, lambda_, episode.net_inputs)
 
     hyperparameters, pull_back = vjp(recipe, lambda_)[:2]
-    history = estimator.history(len(episode.train_batches))
-    tuned = personalize(
-        model, origin, episode, hyperparameters, history=history, active=active, differentiation=differentiation
+    estimate = hypergradient(
+        model,
+        estimator,
+        origin,
+        episode,
+        hyperparameters,
+        bn_mode=bn_mode,
+        active=active,
+        differentiation=differentiation,
     )
-    device = hyperparameters.beta.device.type
-    with torch.autocast(device, enabled=False):  # products of gradients are too small for half precision
-        estimate = estimator(model, episode, tuned, hyperparameters, bn_mode=bn_mode, differentiation=differentiation)
+    with torch.autocast(hyperparameters.beta.device.type, enabled=False):
         (gradients,) = pull_back(Hyperparameters(estimate.beta, estimate.eta))
     sums = torch.stack([estimate.val_loss, *(g.sum() for g in gradients.values())])
     finite = torch.isfinite(sums).all()
@@ -83,6 +87,27 @@ def meta_step(
         for name, g in gradients.items()
     }
     return MetaStep(gradients, estimate.val_loss, finite, hyperparameters)
+
+
+def hypergradient(
+    model: FunctionalModel,
+    estimator: HypergradientEstimator,
+    origin: InnerState,
+    episode: Episode,
+    hyperparameters: Hyperparameters,
+    *,
+    bn_mode: BatchNormMode,
+    active: Sequence[str] | None,
+    differentiation: Differentiation,
+) -> Hypergradient:
+    """Fine-tunes with a recipe, and estimates how the validation loss changes with it; arguments as in `meta_step`."""
+    history = estimator.history(len(episode.train_batches))
+    tuned = personalize(
+        model, origin, episode, hyperparameters, history=history, active=active, differentiation=differentiation
+    )
+    device = hyperparameters.beta.device.type
+    with torch.autocast(device, enabled=False):  # products of gradients are too small for half precision
+        return estimator(model, episode, tuned, hyperparameters, bn_mode=bn_mode, differentiation=differentiation)
 
 
 def personalize(
@@ -134,7 +159,7 @@ def meta_optimizer(lambda_: Tensors, meta_lr: MetaLearningRates) -> torch.optim.
 
     Args:
         lambda_: leaf tensors by the names of `MetaNets.named_parameters`.
-        meta_lr: the rates.
+        meta_lr: a learning rate for each of the three parts of lambda.
     """
     groups: list[dict[str, Any]] = []
     for group, rate in vars(meta_lr).items():

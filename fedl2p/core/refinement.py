@@ -16,7 +16,7 @@ from fedl2p.core.episode import Episode
 from fedl2p.core.functional import FunctionalModel, InnerState
 from fedl2p.core.hypergradients import HypergradientEstimator
 from fedl2p.core.meta_nets import Hyperparameters
-from fedl2p.core.meta_step import personalize
+from fedl2p.core.meta_step import hypergradient
 from fedl2p.core.settings import BatchNormMode, RefinementSettings
 
 SHORTER = 0.25
@@ -78,12 +78,16 @@ def refine(
 
     def at(log_factor: Tensor) -> _Point:
         recipe = Hyperparameters(beta, eta * log_factor.exp())
-        history = estimator.history(len(episode.train_batches))
-        tuned = personalize(
-            model, origin, episode, recipe, history=history, active=active, differentiation=differentiation
+        estimate = hypergradient(
+            model,
+            estimator,
+            origin,
+            episode,
+            recipe,
+            bn_mode=bn_mode,
+            active=active,
+            differentiation=differentiation,
         )
-        with torch.autocast(beta.device.type, enabled=False):  # as in `meta_step`
-            estimate = estimator(model, episode, tuned, recipe, bn_mode=bn_mode, differentiation=differentiation)
         gradient = estimate.eta * recipe.eta
         usable = torch.isfinite(estimate.val_loss) & torch.isfinite(gradient).all()
         loss = torch.where(usable, estimate.val_loss, math.inf)

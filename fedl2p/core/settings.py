@@ -37,7 +37,7 @@ def word(kind: type[Word], value: str, key: str) -> Word:
     """A word of a closed list.
 
     Args:
-        kind: the list.
+        kind: the enum of the allowed words.
         value: the word, or a member of `kind`.
         key: what is set, for the error.
 

@@ -345,7 +345,7 @@ def build_runtime(
     meta_nets = MetaNets(
         converted,
         base_lr=base_lr,
-        initialization=config.meta_nets.initialization,  # type: ignore[arg-type]  # checked by config.check
+        initialization=config.meta_nets.initialization,
         log_divergence=config.meta_nets.log_divergence,
         initial_beta=config.meta_nets.initial_beta,
         sample_count=config.meta_nets.sample_count,

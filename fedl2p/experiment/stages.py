@@ -16,7 +16,6 @@ from torch import nn
 from fedl2p.callbacks import MetricsFile, RoundProgress
 from fedl2p.core.functional import Tensors
 from fedl2p.core.learner import Evaluation
-from fedl2p.core.meta_nets import MetaNets
 from fedl2p.experiment.build import build_training
 from fedl2p.experiment.config import fingerprint
 from fedl2p.experiment.context import RunContext, with_weights
@@ -39,7 +38,7 @@ from fedl2p.federation.runtime import ClientRuntime
 from fedl2p.federation.settings import RoundSettings
 from fedl2p.federation.state import MetaState, RoundCallback
 from fedl2p.io import read_json, read_tensors, write_json, write_tensors
-from fedl2p.policy import policy_metadata
+from fedl2p.policy.files import META_NETS, write_policy
 
 SAVE_SECONDS = 30  # between two checkpoints of L2P
 
@@ -184,13 +183,15 @@ def learned_state(
 
     app, handlers = make_client_app(runtime), make_cohort_handlers(runtime)
     state = context.on_grid(work, lambda: LocalGrid(app, names, cohort_handlers=handlers))
-    write_policy(path / "meta_nets.safetensors", runtime.meta_nets, state.best_lambda)
+    write_policy(
+        path / META_NETS,
+        runtime.meta_nets,
+        state.best_lambda,
+        settings=context.config.client,
+        input_shape=context.data.input_shape,
+        recipes=[runtime.recipe(state.best_lambda, client_id) for client_id in names],
+    )
     return state
-
-
-def write_policy(file: Path, meta_nets: MetaNets, lambda_: Tensors) -> None:
-    """Writes the nets with the parameters `lambda_`, for `load_policy`."""
-    write_tensors(file, dict(meta_nets.named_buffers()) | lambda_, policy_metadata(meta_nets))
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,5 @@
 """Checkpoints of the rounds: the last two, written atomically, checked as a whole before anything of them is used."""
 
-import hashlib
 import json
 import logging
 import math
@@ -14,7 +13,7 @@ from fedl2p.core.functional import Tensors
 from fedl2p.core.statistics import ClientStatistics
 from fedl2p.errors import RunFolderError
 from fedl2p.federation.state import MetaState, RoundRecord
-from fedl2p.io import read_tensors, write_tensors
+from fedl2p.io import checksum, read_tensors, write_tensors
 
 FILE_NAME = "rounds.safetensors"
 PREVIOUS = "rounds.previous.safetensors"
@@ -40,22 +39,11 @@ def save_state(folder: Path, state: MetaState, *, run: str = "") -> None:
         "history": [vars(record) for record in state.history],
     }
     metadata = {"state": json.dumps(numbers), "run": run, "generation": str(state.round)}
-    metadata["checksum"] = _checksum(tensors, metadata)
+    metadata["checksum"] = checksum(tensors, metadata)
     write_tensors(folder / _NEW, tensors, metadata)
     if (folder / FILE_NAME).exists():
         os.replace(folder / FILE_NAME, folder / PREVIOUS)
     os.replace(folder / _NEW, folder / FILE_NAME)
-
-
-def _checksum(tensors: Tensors, metadata: dict[str, str]) -> str:
-    """Of everything in the file but the checksum itself."""
-    words = sorted((key, value) for key, value in metadata.items() if key != "checksum")
-    digest = hashlib.sha256(json.dumps(words).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def save_statistics(path: Path, statistics: ClientStatistics) -> None:
@@ -123,7 +111,7 @@ def _load(path: Path, run: str | None, template: Tensors | None) -> MetaState:
     for key, tensor in tensors.items():
         part, _, name = key.partition("/")
         parts.setdefault(part, {})[name] = tensor
-    if metadata.get("checksum") != _checksum(tensors, metadata):
+    if metadata.get("checksum") != checksum(tensors, metadata):
         raise RunFolderError(f"The file {path} is no whole checkpoint of rounds: its checksum is wrong.")
     if run is not None and metadata.get("run") != run:
         raise RunFolderError(f"The file {path} is a checkpoint of another run; its configuration or seed differs.")

@@ -86,8 +86,8 @@ def make_cohort_handlers(runtime: ClientRuntime) -> dict[str, CohortHandler]:
 
 
 def _train(runtime: ClientRuntime, messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
-    like = _prepared(runtime, messages)
-    lambdas = [from_arrays(message.content.array_records[ARRAYS], like) for message in messages]
+    template = _prepared(runtime, messages)
+    lambdas = [from_arrays(message.content.array_records[ARRAYS], template) for message in messages]
     client_ids = [_client_id(context) for context in contexts]
     number, scale = _value(messages[0], "server-round"), _value(messages[0], "meta-lr-scale")
     updates = runtime.meta_update(lambdas, client_ids, int(number), meta_lr_scale=scale)
@@ -104,10 +104,10 @@ def _train(runtime: ClientRuntime, messages: Sequence[Message], contexts: Sequen
 
 
 def _evaluate(runtime: ClientRuntime, messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
-    like = _prepared(runtime, messages)
+    template = _prepared(runtime, messages)
     client_ids = [_client_id(context) for context in contexts]
     recipes = [
-        runtime.recipe(from_arrays(message.content.array_records[ARRAYS], like), client_id)
+        runtime.recipe(from_arrays(message.content.array_records[ARRAYS], template), client_id)
         for message, client_id in zip(messages, client_ids, strict=True)
     ]
     measured = runtime.evaluate(recipes, client_ids)

@@ -34,17 +34,17 @@ def to_arrays(tensors: Tensors) -> ArrayRecord:
     return ArrayRecord({name: Array(tensor.detach().cpu().numpy()) for name, tensor in tensors.items()})
 
 
-def from_arrays(arrays: ArrayRecord, like: Tensors) -> Tensors:
-    """The tensors of an ArrayRecord, in the names, order, types and shapes of `like`, on its device.
+def from_arrays(arrays: ArrayRecord, template: Tensors) -> Tensors:
+    """The tensors of an ArrayRecord, in the names, order, types and shapes of `template`, on its device.
 
     Raises:
         FederationError: a name or a shape differs.
     """
-    if set(arrays) != set(like):
-        missing = sorted(set(like) - set(arrays))[:3]
+    if set(arrays) != set(template):
+        missing = sorted(set(template) - set(arrays))[:3]
         raise FederationError(f"A message holds other tensors than expected; missing are {missing or 'none'}.")
     result: Tensors = {}
-    for name, reference in like.items():
+    for name, reference in template.items():
         # from_numpy keeps 0-d shapes; the clone owns its memory, aligned as torch aligns it, so that runs repeat.
         tensor = torch.from_numpy(arrays[name].numpy()).clone()
         if tensor.shape != reference.shape:

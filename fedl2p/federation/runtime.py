@@ -72,7 +72,7 @@ class ClientRuntime:
         Args:
             data: the clients' data.
             model: theta_g, from `convert_batchnorm`.
-            meta_nets: fitting `model`.
+            meta_nets: BNNet and LRNet, made for `model`.
             estimator: of the hypergradient; None is `Unrolled()`.
             settings: how a client learns; None is `LearnerSettings()`.
             val_loss_fn: what the nets lower; None is the training loss.
@@ -142,7 +142,7 @@ class ClientRuntime:
         """The client's personalization, in one fixed order of batches, so that recipes are compared on equal terms.
 
         Args:
-            client_id: whose.
+            client_id: the client's number in the data.
             parts: which of `val` and `test` to bring.
         """
         client = self.data.client(client_id, seed=derive_seed(self.seed, "personalize", client_id))
@@ -201,8 +201,8 @@ class ClientRuntime:
 
         Args:
             lambdas: one a client.
-            client_ids: whose data.
-            round_number: of which the batch orders follow.
+            client_ids: the clients' numbers in the data.
+            round_number: another round gives other orders of the batches.
             phase: another word gives other orders (L2P's, say).
             meta_lr_scale: multiplies the meta learning rates.
 
@@ -269,7 +269,7 @@ class ClientRuntime:
         nets = copy.deepcopy(self.meta_nets)
         nets.load_state_dict(lambda_, strict=False)
         client = FedL2PClient(
-            copy.deepcopy(self.model.module),
+            self.model.module,
             meta_nets=nets,
             estimator=self.learner.estimator,
             settings=self.settings,

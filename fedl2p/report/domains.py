@@ -12,7 +12,7 @@ from fedl2p.report.analysis import cluster_agreement, cluster_distance_map
 from fedl2p.report.recipes import matrix
 from fedl2p.report.saved_run import Row, SavedRun
 
-MOST_CLUSTERED = 1500  # clients; spectral clustering takes the cube of their number
+MAX_CLUSTERED = 1500  # clients; spectral clustering takes the cube of their number
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,13 @@ class Agreement:
 def agreements(run: SavedRun) -> list[Agreement]:
     """Table 6 for all clients and for each pool, with scikit-learn's spectral clustering; seed 0.
 
-    Of more clients than `MOST_CLUSTERED` an even choice of them is clustered.
+    Of more clients than `MAX_CLUSTERED` an even choice of them is clustered.
     """
     pools = list(dict.fromkeys(str(row["pool"]) for row in run.recipes))
     found = []
     for pool in [*(["all"] if len(pools) > 1 else []), *pools]:
         for feature, features, domains in _features(run, pool):
-            chosen = np.linspace(0, len(domains) - 1, min(len(domains), MOST_CLUSTERED)).round().astype(int)
+            chosen = np.linspace(0, len(domains) - 1, min(len(domains), MAX_CLUSTERED)).round().astype(int)
             own = [domains[i] for i in chosen]
             found.append(Agreement(feature, pool, len(own), cluster_agreement(features[chosen], own, seed=0)))
     return found

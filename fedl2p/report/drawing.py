@@ -44,7 +44,7 @@ PANEL = 4.6  # inches, 331 points, which the page shows as 331 pixels or more
 DPI = 150
 TEXT = 11  # points
 SMALL = 10
-MOST_MARKS = 2500  # clients' marks in one figure; more would make the page slow
+MAX_MARKS = 2500  # clients' marks in one figure; more would make the page slow
 
 _SVG = "http://www.w3.org/2000/svg"
 _LINK = "{http://www.w3.org/1999/xlink}href"

@@ -19,7 +19,7 @@ from fedl2p.errors import RunFolderError
 from fedl2p.report.hyperparameters import COLUMNS, read_hyperparameters
 
 Format = Literal["table", "csv", "json"]
-MOST_COLUMNS = 6  # clients that stand beside each other in a table; of more their spread is shown
+MAX_COLUMNS = 6  # clients that stand beside each other in a table; of more their spread is shown
 
 
 def show_hyperparameters(
@@ -40,7 +40,7 @@ def show_hyperparameters(
         domain: likewise.
         kind: `beta` or `eta`; None is both.
         form: `table`: a row a layer and a column a client, or the spread over the clients where there are more than
-            `MOST_COLUMNS`; `csv`: the rows of `hyperparameters.csv`; `json`: an object by client with `domain`, `pool`,
+            `MAX_COLUMNS`; `csv`: the rows of `hyperparameters.csv`; `json`: an object by client with `domain`, `pool`,
             `beta` and `eta`, the latter two by layer.
 
     Raises:
@@ -109,7 +109,7 @@ def _as_table(rows: Sequence[Mapping[str, Any]]) -> str:
     layers: dict[tuple[str, str], dict[str, float]] = {}
     for row in rows:
         layers.setdefault((row["kind"], row["layer"]), {})[str(row["client"])] = row["value"]
-    few = len(names) <= MOST_COLUMNS
+    few = len(names) <= MAX_COLUMNS
     table = Table(title=", ".join(_described(rows)) if few else f"{len(names)} clients", box=SIMPLE_HEAD)
     table.add_column("")
     table.add_column("layer", no_wrap=True)

@@ -20,7 +20,7 @@ from fedl2p.report.drawing import DPI, POOL_COLOURS, WIDTH, new_canvas
 
 _BAR = 10  # characters of the longest bar
 _SPARKS = " ▁▂▃▄▅▆▇█"
-_MOST_COLUMNS = 64  # of a row of sparks
+_MAX_COLUMNS = 64  # of a row of sparks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,8 +213,8 @@ def _bar(share: float) -> Text:
 
 def _sparks(client: ClientSplit) -> Text:
     shares = client.labels / client.labels.max()
-    if len(shares) > _MOST_COLUMNS:
-        shares = np.array([part.max() for part in np.array_split(shares, _MOST_COLUMNS)])
+    if len(shares) > _MAX_COLUMNS:
+        shares = np.array([part.max() for part in np.array_split(shares, _MAX_COLUMNS)])
     return Text("".join(_SPARKS[math.ceil(share * (len(_SPARKS) - 1))] for share in shares))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from client_cases import quiet_trainer as make_trainer
 from core_cases import close
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
@@ -107,20 +108,6 @@ def make_client(model: nn.Module | None = None, **options: Any) -> FedL2PClient:
     torch.manual_seed(4)
     settings: dict[str, Any] = {"base_lr": 0.1, "meta_iterations": 3, "finetune_epochs": 2, "meta_lr": RATES}
     return FedL2PClient(network() if model is None else model, num_classes=3, **(settings | options))
-
-
-def make_trainer(folder: Path, **options: Any) -> L.Trainer:
-    quiet: dict[str, Any] = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "default_root_dir": folder,
-        "max_epochs": 1,
-    }
-    return L.Trainer(**(quiet | options))
 
 
 def lambda_of(nets: nn.Module) -> dict[str, Tensor]:

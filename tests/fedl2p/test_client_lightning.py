@@ -4,90 +4,22 @@ import math
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from client_cases import Data, Net, assert_same, lambda_of, make_client, make_trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
 
-from fedl2p import FedL2PClient
-from fedl2p.errors import DataError
+from fedl2p import FedL2PClient, MetaNets, convert_batchnorm
+from fedl2p.errors import DataError, ModelError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
 ]
-RATES = {"bn_net": 0.05, "lr_net": 0.02, "base_lr": 0.01}
-
-
-class Net(nn.Sequential):
-    """A tiny classifier of 3 classes with a batch norm."""
-
-    def __init__(self, width: int = 5) -> None:
-        super().__init__(nn.Linear(4, width), nn.BatchNorm1d(width), nn.Tanh(), nn.Linear(width, 3))
-
-
-class Data(L.LightningDataModule):
-    """12 training samples in two batches, and 8 of each other kind."""
-
-    def __init__(self, batch_size: int = 6) -> None:
-        super().__init__()
-        self.batch_size = batch_size
-
-    def loader(self, count: int, seed: int) -> DataLoader[Any]:
-        generator = torch.Generator().manual_seed(seed)
-        inputs = 1 + 2 * torch.randn(count, 4, generator=generator)
-        return DataLoader(
-            TensorDataset(inputs, torch.randint(3, (count,), generator=generator)), batch_size=self.batch_size
-        )
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        return self.loader(12, 0)
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        return self.loader(8, 1)
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        return self.loader(8, 2)
-
-    def predict_dataloader(self) -> DataLoader[Any]:
-        return self.loader(8, 2)
-
-
-def make_client(**options: Any) -> FedL2PClient:
-    torch.manual_seed(4)
-    settings: dict[str, Any] = {"base_lr": 0.1, "meta_iterations": 3, "finetune_epochs": 2, "meta_lr": RATES}
-    return FedL2PClient(Net(), num_classes=3, **(settings | options))
-
-
-def make_trainer(folder: Path, **options: Any) -> L.Trainer:
-    quiet: dict[str, Any] = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "default_root_dir": folder,
-        "limit_val_batches": 0,
-        "max_epochs": 1,
-    }
-    return L.Trainer(**(quiet | options))
-
-
-def lambda_of(client: FedL2PClient) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in client.meta_nets.named_parameters()}
-
-
-def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    for name, tensor in a.items():
-        torch.testing.assert_close(b[name], tensor, rtol=0, atol=1e-7)
-
-
 # Prediction
 
 
@@ -171,6 +103,48 @@ def test_a_client_is_loaded_with_its_settings_and_nets(tmp_path: Path) -> None:
     assert loaded.settings == client.settings
     assert loaded.hparams["num_classes"] == 3 and loaded.hparams["base_lr"] == 0.1
     assert_same(lambda_of(client), lambda_of(loaded))
+    results = [make_trainer(tmp_path).test(c, datamodule=Data(), verbose=False)[0] for c in (client, loaded)]
+    assert results[0] == pytest.approx(results[1])
+
+
+def test_a_loaded_client_starts_a_new_fit_at_its_first_iteration(tmp_path: Path) -> None:
+    """Its nets are the checkpoint's; only `ckpt_path` in a fit goes on with one."""
+    trainer = make_trainer(tmp_path)
+    trainer.fit(make_client(), datamodule=Data())
+    trainer.save_checkpoint(tmp_path / "client.ckpt")
+    loaded = FedL2PClient.load_from_checkpoint(tmp_path / "client.ckpt", model=Net())
+    validated = make_client()
+    make_trainer(tmp_path, limit_val_batches=1.0).validate(
+        validated, datamodule=Data(), ckpt_path=tmp_path / "client.ckpt", verbose=False
+    )
+    for client in (loaded, validated):
+        before = lambda_of(client)
+        make_trainer(tmp_path).fit(client, datamodule=Data())
+        assert len(client.val_losses) == 3
+        assert any(not torch.equal(before[name], p) for name, p in lambda_of(client).items())
+
+
+@pytest.mark.parametrize("options", [{"log_divergence": False}, {"sample_count": True}], ids=str)
+def test_nets_that_read_other_inputs_are_not_loaded_in_silence(tmp_path: Path, options: dict[str, bool]) -> None:
+    model = convert_batchnorm(Net())
+    trainer = make_trainer(tmp_path)
+    trainer.fit(make_client(meta_nets=MetaNets(model, **options)), datamodule=Data())
+    trainer.save_checkpoint(tmp_path / "client.ckpt")
+    with pytest.raises(ModelError, match=f"differ.*{next(iter(options))}"):
+        FedL2PClient.load_from_checkpoint(tmp_path / "client.ckpt", model=Net())
+    nets = MetaNets(model, **options)
+    FedL2PClient.load_from_checkpoint(tmp_path / "client.ckpt", model=Net(), meta_nets=nets)
+
+
+def test_a_checkpoint_brings_its_own_global_model(tmp_path: Path) -> None:
+    client, trainer = make_client(), make_trainer(tmp_path)
+    trainer.fit(client, datamodule=Data())
+    trainer.save_checkpoint(tmp_path / "client.ckpt")
+    other = Net()
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(3)
+    loaded = FedL2PClient.load_from_checkpoint(tmp_path / "client.ckpt", model=other)
     results = [make_trainer(tmp_path).test(c, datamodule=Data(), verbose=False)[0] for c in (client, loaded)]
     assert results[0] == pytest.approx(results[1])
 

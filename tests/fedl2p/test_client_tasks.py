@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
+from client_cases import make_trainer, quiet_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics import MeanAbsoluteError
@@ -39,19 +39,8 @@ def loader(samples: list[Any], batch_size: int = 8) -> DataLoader[Any]:
 
 
 def fit_and_test(client: FedL2PClient, folder: Path, train: list[Any], val: list[Any], test: list[Any]) -> Any:
-    quiet: dict[str, Any] = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "default_root_dir": folder,
-        "max_epochs": 1,
-        "limit_val_batches": 1.0,
-    }
-    L.Trainer(**quiet).fit(client, loader(train), loader(val))
-    return L.Trainer(**quiet).test(client, loader(test), verbose=False)[0]  # a Trainer that has no training data
+    quiet_trainer(folder).fit(client, loader(train), loader(val))
+    return quiet_trainer(folder).test(client, loader(test), verbose=False)[0]  # a Trainer that has no training data
 
 
 # Regression
@@ -178,20 +167,6 @@ def test_batch_statistics_need_the_whole_set_of_tokens_at_once(tmp_path: Path) -
 # Episodes of a user's own loader
 
 
-def quiet_trainer(folder: Path) -> L.Trainer:
-    return L.Trainer(
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-        max_epochs=1,
-        limit_val_batches=0,
-    )
-
-
 def test_a_cohort_of_episodes_moves_the_nets_by_the_mean_of_its_clients(tmp_path: Path) -> None:
     """Two clients in one episode against each of them alone, all from one lambda."""
 
@@ -207,7 +182,7 @@ def test_a_cohort_of_episodes_moves_the_nets_by_the_mean_of_its_clients(tmp_path
     for batch in (*episodes, stack(episodes)):
         client = made()
         beat = DataLoader([batch], batch_size=None, collate_fn=lambda episode: episode)  # type: ignore[arg-type, var-annotated]
-        quiet_trainer(tmp_path).fit(client, beat, beat)
+        make_trainer(tmp_path).fit(client, beat, beat)
         moves.append({name: p.detach() - before[name] for name, p in client.meta_nets.named_parameters()})
     first, second, together = moves
     assert any(float(move.abs().max()) > 0 for move in together.values())

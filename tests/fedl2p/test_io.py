@@ -14,7 +14,7 @@ import torch
 
 from fedl2p import io
 from fedl2p.errors import RunFolderError
-from fedl2p.io import load_metadata, load_tensors, read_json, to_json, write_atomically, write_json, write_tensors
+from fedl2p.io import load_tensors, read_json, read_tensors, to_json, write_atomically, write_json, write_tensors
 
 
 def test_every_kind_of_file_gets_the_mode_that_the_umask_gives(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_the_same_tensors_and_metadata_are_the_same_bytes(tmp_path: Path) -> Non
     for name in ("one", "two", "three"):
         subprocess.run([sys.executable, "-c", program, str(tmp_path / name)], check=True)
     assert len({(tmp_path / name).read_bytes() for name in ("one", "two", "three")}) == 1
-    assert load_metadata(tmp_path / "one") == {str(i): "x" for i in range(20)}
+    assert read_tensors(tmp_path / "one")[1] == {str(i): "x" for i in range(20)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.uint8])
@@ -85,7 +85,7 @@ def test_tensors_come_back_beside_any_metadata(tmp_path: Path, dtype: torch.dtyp
     path = write_tensors(tmp_path / "x.safetensors", tensors, {"words": 'quoted " and \u00e9\n', "b": ""})
     loaded = load_tensors(path)
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
-    assert load_metadata(path) == {"words": 'quoted " and \u00e9\n', "b": ""}
+    assert read_tensors(path)[1] == {"words": 'quoted " and \u00e9\n', "b": ""}
 
 
 def test_tensors_and_metadata_of_any_file(tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_tensors_and_metadata_of_any_file(tmp_path: Path) -> None:
     write_tensors(tmp_path / "x.safetensors", {"a": shared, "b": shared[:3]}, {"k": "v"})
     loaded = load_tensors(tmp_path / "x.safetensors")
     assert torch.equal(loaded["b"], shared[:3])
-    assert load_metadata(tmp_path / "x.safetensors") == {"k": "v"}
+    assert read_tensors(tmp_path / "x.safetensors")[1] == {"k": "v"}
     with pytest.raises(RunFolderError, match="nothing"):
         load_tensors(tmp_path / "nothing.safetensors")
 

@@ -10,7 +10,7 @@ from torch.func import grad
 from fedl2p.core.differentiation import FUNC_TRANSFORMS, Differentiation
 from fedl2p.core.episode import Episode
 from fedl2p.core.finetune import FineTuned, evaluation_batches, evaluation_loss
-from fedl2p.core.functional import Batch, FunctionalModel, InnerState, Tensors, split_running
+from fedl2p.core.functional import Batch, FunctionalModel, InnerState, Tensors, outside_inference_mode, split_running
 from fedl2p.core.meta_nets import Hyperparameters
 from fedl2p.core.settings import BatchNormMode
 
@@ -65,6 +65,7 @@ class ValidationGradient(NamedTuple):
     beta: Tensor
 
 
+@outside_inference_mode
 def validation_gradient(
     model: FunctionalModel, episode: Episode, state: InnerState, beta: Tensor, bn_mode: BatchNormMode
 ) -> ValidationGradient:
@@ -105,6 +106,7 @@ def dot_by_tensor(a: Tensors, b: Tensors) -> Tensor:
     return torch.stack([(a[name] * b[name]).sum() for name in a])
 
 
+@outside_inference_mode
 def last_step_gradient(model: FunctionalModel, episode: Episode, tuned: FineTuned, beta: Tensor) -> Tensors:
     """The gradient g that the last inner step moved along, for all parameters."""
     before, batch = tuned.history[-1], episode.train_batches[-1]

@@ -11,7 +11,7 @@ from fedl2p.report.drawing import (
     GREY,
     INK,
     LINE,
-    MOST_MARKS,
+    MAX_MARKS,
     ORANGE,
     POOL_COLOURS,
     SMALL,
@@ -45,7 +45,7 @@ def accuracy_bars(results: Mapping[str, Any]) -> Drawing:
         return drawing
     height = 0.84 / len(pools)
     clients = {pool: [accuracies(results, name, pool) for name in methods] for pool in pools}
-    dots = sum(len(own) for found in clients.values() for own in found) <= MOST_MARKS
+    dots = sum(len(own) for found in clients.values() for own in found) <= MAX_MARKS
     for index, pool in enumerate(pools):
         colour = POOL_COLOURS[index % len(POOL_COLOURS)]
         drawn = [(place, measured[name]) for place, name in enumerate(methods) if pool in measured[name]]
@@ -98,7 +98,7 @@ def gain_figure(pool: str, gains: Sequence[Gain], results: Mapping[str, Any]) ->
     for colour, chosen in ((BLUE, points > 0), (ORANGE, points < 0), (GREY, points == 0)):
         axes.vlines(places[chosen], 0, points[chosen], color=colour, alpha=0.5, linewidth=min(4, 250 / len(points)))
     drawing = Drawing(f"gain-{pool}", f"Gain of each {pool} client over its best baseline", "", "", figure)
-    if len(gains) <= MOST_MARKS:
+    if len(gains) <= MAX_MARKS:
         for colour, sign in ((BLUE, 1), (ORANGE, -1), (GREY, 0)):
             own = [i for i, value in enumerate(points) if np.sign(value) == sign]
             marks = [Mark(gains[i].client, _gain_text(gains[i], results)) for i in own]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fedl2p.report.domains import Feature, mean_off_diagonal
 from fedl2p.report.drawing import PAPER, SMALL, Drawing, new_panel
 
-MOST_NUMBERS = 10  # domains whose cells have room for a number
+MAX_NUMBERS = 10  # domains whose cells have room for a number
 FILES = {"ξ": "xi", "β": "beta", "x": "x", "η": "eta"}
 
 
@@ -36,7 +36,7 @@ def distance_map(feature: Feature, names: Sequence[str], values: NDArray[Any]) -
                 continue
             colour = colours(norm(value))
             axes.add_patch(_cell(column, row, colour))
-            if len(names) <= MOST_NUMBERS:
+            if len(names) <= MAX_NUMBERS:
                 dark = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] < 0.55
                 ink = "#ffffff" if dark else "#000000"
                 axes.text(

@@ -13,7 +13,7 @@ from fedl2p.report.drawing import (
     GREY,
     INK,
     LINE,
-    MOST_MARKS,
+    MAX_MARKS,
     POOL_COLOURS,
     SMALL,
     Drawing,
@@ -27,7 +27,7 @@ from fedl2p.report.recipes import Kind, LayerSpread, layer_spreads, model_sparsi
 
 MANY_DECADES = 100.0
 LONGEST_NAME = 24
-MOST_IN_WORDS = 12  # layers whose numbers an alternative text carries; the table beside it has all
+MAX_IN_WORDS = 12  # layers whose numbers an alternative text carries; the table beside it has all
 TITLES = {
     "beta": "β: how far each batch-norm layer trusts the client",
     "eta": "η: the learning rate of each parameter tensor",
@@ -65,7 +65,7 @@ def hyperparameter_boxes(
     if not layers:
         say_empty(axes)
         return drawing
-    dots = sum(len(spread.values) for own in by_pool.values() for spread in own) <= MOST_MARKS
+    dots = sum(len(spread.values) for own in by_pool.values() for spread in own) <= MAX_MARKS
     height = 0.8 / len(pools)
     for index, (pool, spreads) in enumerate(by_pool.items()):
         offset = (index - (len(pools) - 1) / 2) * height
@@ -150,8 +150,8 @@ def _caption(rows: list[Mapping[str, Any]], kind: Kind, sizes: Mapping[str, int]
 
 def _in_words(spreads: list[LayerSpread], title: str, caption: str) -> str:
     """Median and range of each layer; of the first and last ones where there are many."""
-    half = MOST_IN_WORDS // 2
-    chosen = spreads if len(spreads) <= MOST_IN_WORDS else [*spreads[:half], *spreads[-half:]]
+    half = MAX_IN_WORDS // 2
+    chosen = spreads if len(spreads) <= MAX_IN_WORDS else [*spreads[:half], *spreads[-half:]]
     said = []
     for spread in chosen:
         low, _, middle, _, high = spread.quartiles

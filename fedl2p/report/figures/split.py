@@ -23,8 +23,8 @@ from fedl2p.report.drawing import (
 )
 from fedl2p.report.split import ClientSplit, in_groups, label_skew, labels_known
 
-MOST_CLASSES = 20  # that have room for a name
-MOST_DOMAINS = 12  # likewise
+MAX_CLASSES = 20  # that have room for a name
+MAX_DOMAINS = 12  # likewise
 
 
 def split_panel(clients: Sequence[ClientSplit], classes: Sequence[str]) -> Drawing:
@@ -54,7 +54,7 @@ def split_panel(clients: Sequence[ClientSplit], classes: Sequence[str]) -> Drawi
         shares = np.stack([client.labels / max(client.labels.sum(), 1) for client in clients], axis=1)
         smooth = "nearest" if len(clients) < PANEL * DPI / 2 else "antialiased"
         middle[0].imshow(shares, aspect="auto", cmap="Blues", vmin=0, interpolation=smooth)
-        few = len(classes) <= MOST_CLASSES
+        few = len(classes) <= MAX_CLASSES
         middle[0].set_yticks(range(len(classes)) if few else [], classes if few else [], size=SMALL - 2)
         middle[0].set_ylabel("Class")
     names = list(dict.fromkeys(client.domain for client in clients))
@@ -80,7 +80,7 @@ def split_panel(clients: Sequence[ClientSplit], classes: Sequence[str]) -> Drawi
             size=SMALL,
             color=INK,
         )
-    if 1 < len(names) <= MOST_DOMAINS:
+    if 1 < len(names) <= MAX_DOMAINS:
         patches = [Patch(color=colours(place), label=name) for place, name in enumerate(names)]
         style: dict[str, Any] = {"frameon": False, "fontsize": SMALL, "labelcolor": INK, "handlelength": 1.2}
         figure.legend(handles=patches, loc="outside lower center", ncols=3, **style)

@@ -9,7 +9,7 @@ from fedl2p.report.recipes import KINDS, layer_spreads
 from fedl2p.report.saved_run import SavedRun
 from fedl2p.report.table import method_label, number, pool_names
 
-MOST_VALUES = 1_000_000  # of beta and eta; more would make the page too large to open
+MAX_VALUES = 1_000_000  # of beta and eta; more would make the page too large to open
 
 
 def number_clients(runs: Sequence[SavedRun]) -> dict[tuple[int, str], int]:
@@ -52,7 +52,7 @@ def as_json(data: Mapping[str, Any]) -> str:
 
 def _recipes(run: SavedRun) -> dict[str, dict[str, list[float | None]]]:
     """Beta and eta by client, layers in the model's order; nothing where there are too many."""
-    if len(run.recipes) > MOST_VALUES:
+    if len(run.recipes) > MAX_VALUES:
         return {}
     found: dict[str, dict[str, list[float | None]]] = {}
     for row in run.recipes:

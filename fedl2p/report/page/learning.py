@@ -18,7 +18,7 @@ from fedl2p.report.recipes import KINDS, LIMITS, Kind, at_limits, by_domain, lay
 from fedl2p.report.split import label_skew, labels_known
 from fedl2p.report.table import NOTHING, number
 
-MOST_DOMAINS = 12  # that get figures of their own
+MAX_DOMAINS = 12  # that get figures of their own
 SYMBOLS = {"beta": "β", "eta": "η"}
 
 
@@ -48,9 +48,9 @@ def recipes(chapter: Chapter) -> str:
         if len(domains) > 1:
             parts = [
                 chapter.figure(hyperparameter_boxes(own, kind, group=domain, limits=limits, sizes=sizes))
-                for domain, own in list(domains.items())[:MOST_DOMAINS]
+                for domain, own in list(domains.items())[:MAX_DOMAINS]
             ]
-            left = f" (the first {MOST_DOMAINS} of {len(domains)})" if len(domains) > MOST_DOMAINS else ""
+            left = f" (the first {MAX_DOMAINS} of {len(domains)})" if len(domains) > MAX_DOMAINS else ""
             shown += folded(f"{SYMBOLS[kind]} by domain{left}", gallery(parts))
         content += shown + folded(f"{SYMBOLS[kind]} by layer in numbers", _layers(chapter, kind))
     return content

@@ -12,7 +12,7 @@ from fedl2p.core.meta_nets import MetaNets
 from fedl2p.core.statistics import collect_statistics
 from fedl2p.errors import ModelError
 from fedl2p.io import write_tensors
-from fedl2p.policy import load_policy, policy_metadata
+from fedl2p.policy.files import load_policy, policy_metadata
 
 
 def stored(path: Path, model: nn.Module, **options: bool) -> MetaNets:
