@@ -26,6 +26,8 @@ PAIRS = (
     ("fedl2p", BEST),
     ("fedl2p_refined", BEST),
     ("fedl2p_refined", "ft_refined"),
+    ("fedl2p", "ft_bn_c_batch"),
+    ("fedl2p_refined", "ft_bn_c_batch"),
     ("fedl2p_refined_running", "mean_recipe_running"),
     ("fedl2p", "initial_nets"),
     ("fedl2p", "fedl2p_shuffled"),
