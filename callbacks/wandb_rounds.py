@@ -150,7 +150,7 @@ def start_wandb(
     folder = Path(directory).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     _keep_inside(folder / "wandb")
-    chosen = mode if mode is not None else _mode()
+    chosen = cast(Mode, mode) if mode is not None else _mode()
     return wandb.init(
         id=run_id,
         resume="allow" if run_id is not None and chosen == "online" else None,  # offline, W&B would only warn
