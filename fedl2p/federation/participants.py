@@ -5,6 +5,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from flwr.serverapp import Grid
 from torch import Tensor
@@ -16,6 +17,7 @@ from fedl2p.federation.messages import DESCRIBE, IDENTIFY, instruction
 from fedl2p.federation.replies import Refusal, answers, read_description, read_identity
 
 MAX_STATISTICS_RATIO = 50.0  # how much larger than the median client's a client's statistics can honestly be
+MAX_SAMPLES_RATIO = 1000.0  # likewise, its number of samples
 _FEWEST = 3  # clients of whom a median says something
 
 
@@ -121,14 +123,17 @@ def find_participants(
 
 
 def _odd_statistics(participant: Participant, everybody: Sequence[Participant]) -> str:
-    """Why a client's statistics cannot be honest: they would push everybody else's standardized inputs to one point."""
+    """Why a client's description cannot be honest: it would push everybody else's standardized inputs to one point."""
     if len(everybody) < _FEWEST:
         return ""
-    for size in (_moments_size, _divergence_size):
-        typical = max(1.0, float(torch.tensor([size(p) for p in everybody]).median()))
-        ratio = size(participant) / typical
-        if ratio > MAX_STATISTICS_RATIO:
-            return f"its statistics are {ratio:.3g} times as large as the median client's"
+    for what, size, most in (
+        ("statistics are", _moments_size, MAX_STATISTICS_RATIO),
+        ("statistics are", _divergence_size, MAX_STATISTICS_RATIO),
+        ("number of samples is", lambda p: float(p.num_samples), MAX_SAMPLES_RATIO),
+    ):
+        ratio = size(participant) / max(1.0, float(np.median([size(p) for p in everybody])))
+        if ratio > most:
+            return f"its {what} {ratio:.3g} times as large as the median client's"
     return ""
 
 
