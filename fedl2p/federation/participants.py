@@ -5,6 +5,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from flwr.serverapp import Grid
 from torch import Tensor
@@ -16,6 +17,7 @@ from fedl2p.federation.messages import DESCRIBE, IDENTIFY, instruction
 from fedl2p.federation.replies import Refusal, answers, read_description, read_identity
 
 MAX_STATISTICS_RATIO = 50.0  # how much larger than the median client's a client's statistics can honestly be
+MAX_SAMPLES_RATIO = 1000.0  # likewise, its number of samples
 MIN_CLIENTS = 3  # clients of whom a median says something
 
 
@@ -108,7 +110,7 @@ def find_participants(
                     layer_moments=answer.layer_moments,
                 )
             )
-    failures |= _odd_statistics(found)
+    failures |= _odd_descriptions(found)
     participants = tuple(p for p in found if p.name not in failures)
     needed = max(1, math.ceil(min_reply_fraction * len(names)))
     if len(participants) < needed:
@@ -120,19 +122,26 @@ def find_participants(
     return participants, failures
 
 
-def _odd_statistics(participants: Sequence[Participant]) -> dict[str, str]:
-    """By name, whose statistics cannot be honest: they would push everybody else's standardized inputs to one point."""
+def _odd_descriptions(participants: Sequence[Participant]) -> dict[str, str]:
+    """By name, whose description cannot be honest: it would push everybody else's standardized inputs to one point."""
     odd: dict[str, str] = {}
     if len(participants) < MIN_CLIENTS:
         return odd
-    for size in (_divergence_size, _moments_size):
+    for what, size, most in (
+        ("number of samples is", _num_samples, MAX_SAMPLES_RATIO),
+        ("statistics are", _divergence_size, MAX_STATISTICS_RATIO),
+        ("statistics are", _moments_size, MAX_STATISTICS_RATIO),
+    ):
         sizes = [size(participant) for participant in participants]
-        typical = max(1.0, float(torch.tensor(sizes).median()))
+        typical = max(1.0, float(np.median(sizes)))
         for participant, own in zip(participants, sizes, strict=True):
-            if own / typical > MAX_STATISTICS_RATIO:
-                reason = f"its statistics are {own / typical:.3g} times as large as the median client's"
-                odd[participant.name] = reason
+            if own / typical > most:
+                odd[participant.name] = f"its {what} {own / typical:.3g} times as large as the median client's"
     return odd
+
+
+def _num_samples(participant: Participant) -> float:
+    return float(participant.num_samples)
 
 
 def _moments_size(participant: Participant) -> float:

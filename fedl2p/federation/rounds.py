@@ -262,9 +262,15 @@ def aggregate(federation: Federation, lambda_: Tensors, number: int, replies: It
         return Training(
             lambda_=lambda_, meta_loss=math.inf, failures=failures | out_of_range, skipped_steps=skipped_steps
         )
-    clients = tuple(participant for participant, _ in updates)
-    weights = bound_weights([participant.num_samples for participant in clients], settings.max_client_weight)
     lambdas, clipped = clip_updates(lambda_, [update.lambda_ for _, update in updates], settings.max_update_norm)
+    clients = tuple(participant for participant, _ in updates)
+    if settings.aggregation != "mean" and len(clipped) < len(clients):
+        # A robust choice does without the liars: shortened, they would still pull at it from one side.
+        out_of_range |= {clients[i].name: "its update is longer than federation.max_update_norm" for i in clipped}
+        lambdas = [own for i, own in enumerate(lambdas) if i not in clipped]
+        clients, clipped = tuple(p for i, p in enumerate(clients) if i not in clipped), []
+        updates = [(p, update) for p, update in updates if p in clients]
+    weights = bound_weights([participant.num_samples for participant in clients], settings.max_client_weight)
     return Training(
         lambda_=combine(lambda_, lambdas, weights, settings.aggregation),
         meta_loss=middle([update.meta_loss for _, update in updates], weights, settings.aggregation),

@@ -262,7 +262,7 @@ LIES: dict[str, dict[str, Lie]] = {
     | RECORD_LIES
     | {"no arrays": without(ARRAYS), "enormous statistics": filled(1e30)}
     | numbers("partition_id", [*WHOLE, 3, 77])
-    | numbers("num_samples", [*WHOLE, 0, 10**15, math.nan]),
+    | numbers("num_samples", [*WHOLE, 0, 9000, 10**9, 10**15, math.nan]),
     "train.meta": ARRAY_LIES
     | RECORD_LIES
     | {"no arrays": without(ARRAYS), "arrays of another kind": extra(ARRAYS, MetricRecord({"a": 1}))}
@@ -339,16 +339,26 @@ def test_robust_aggregation_stays_with_the_honest(aggregation: str) -> None:
 
 
 def test_many_samples_are_no_more_than_a_share_of_the_round() -> None:
-    """The liar's update is within bounds, but it claims to weigh a billion samples."""
+    """The liar's update is within bounds, but it claims 900 times as many samples as the others, who have 8 each."""
     start = {name: p.detach() for name, p in make_nets().named_parameters()}
-    many = metric(num_samples=10**9)
-    own, bounded = (
-        rounds("query.describe", many, 1, max_client_weight=share).lambda_["base_lr"] - start["base_lr"]
-        for share in (1.0, 0.25)
-    )
-    honest = rounds("query.describe", metric(num_samples=8), 1).lambda_["base_lr"] - start["base_lr"]
-    # A sixth of the mean is the liar's own; a quarter with the bound; all of it without.
-    torch.testing.assert_close(bounded - own / 4, 0.75 * (honest - own / 6) * 6 / 5, rtol=0, atol=1e-5)
+
+    def step(samples: int, share: float) -> Tensor:
+        state = rounds("query.describe", metric(num_samples=samples), 1, max_client_weight=share)
+        return (state.lambda_["base_lr"] - start["base_lr"]).double()
+
+    own_share, equal_share = 7200 / 7240, 1 / 6
+    own, equal = step(7200, 1.0), step(8, 1.0)
+    liar = (own * (1 - equal_share) - equal * (1 - own_share)) / (own_share - equal_share)
+    others = (equal - equal_share * liar) / (1 - equal_share)
+    torch.testing.assert_close(step(7200, 0.25), 0.25 * liar + 0.75 * others, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("aggregation", ["median", "trimmed_mean", "krum"])
+def test_robust_aggregation_does_without_updates_that_are_too_long(aggregation: str) -> None:
+    poisoned = rounds("train.meta", moved(1e3), 1, aggregation=aggregation)
+    silent = rounds("train.meta", lambda content: None, 1, aggregation=aggregation)
+    assert complaints(poisoned) == ["its update is longer than federation.max_update_norm"]
+    assert all(torch.equal(t, silent.lambda_[name]) for name, t in poisoned.lambda_.items())
 
 
 @pytest.mark.parametrize("vote", [0.0, 1e6])
