@@ -196,6 +196,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return _complain(error, 2)
             if isinstance(error, FedL2PError):
                 return _complain(error, 1)
+            if isinstance(error, BrokenPipeError):  # whoever read our output, as `| head` does, has enough of it
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                return 0
             raise
 
 

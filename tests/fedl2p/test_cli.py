@@ -226,3 +226,10 @@ def test_errors_while_running_have_codes_of_their_own(
     monkeypatch.setattr(main_job, "run", fail)
     assert main(["run", DIGITS, *TINY, f"output_dir={tmp_path}"]) == code
     assert words in capsys.readouterr().err
+
+
+def test_a_reader_who_has_enough_is_no_error() -> None:
+    listing = f"{sys.executable} -m fedl2p.cli keys; echo $? >&2"
+    done = subprocess.run(f"({listing}) | head -n 1", shell=True, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.count("\n") == 1
+    assert done.stderr.strip() == "0"
