@@ -7,7 +7,7 @@ import pytest
 
 from fedl2p.datamodules.base.federated import FederatedDataModule
 from fedl2p.experiment.build import build_model, check_model
-from fedl2p.experiment.config import ComponentConfig, Config
+from fedl2p.experiment.schema import ComponentConfig, Config
 
 AT_LARGE = {
     "torchvision.models": [
